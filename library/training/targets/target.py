@@ -1,0 +1,71 @@
+"""What a target (network, whole model, embedding, ...) does for the training loop.
+
+The loop asks the target; the base target asks the family; the network target asks the trainer object, whose
+default asks the family (so that third-party hooks are called, see docs/architecture.md).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from torch import nn
+
+    from library.data.batch import Batch
+    from library.models.family import Family, LoadedModel
+
+
+class Target(ABC):
+    """What is trained.
+
+    Attributes:
+        family: the model family.
+        model: the opened base model.
+        trains_text: text is encoded with gradients.
+    """
+
+    family: Family
+    model: LoadedModel
+    trains_text: bool
+
+    @abstractmethod
+    def parameter_groups(self) -> tuple[list[dict[str, Any]], list[str]]:
+        """Optimizer groups (`params`, `lr`) and one name per group for the logs."""
+
+    @abstractmethod
+    def trained_modules(self) -> list[nn.Module]:
+        """Modules whose weights, gradients and state belong to the run, in a stable order."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Everything that training changes; what a state folder and EMA hold."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Restore `state_dict()` exactly."""
+
+    @abstractmethod
+    def encode_text(self, batch: Batch) -> Any:
+        """Text of the batch as `predict` wants it."""
+
+    @abstractmethod
+    def predict(self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, text: Any, batch: Batch) -> torch.Tensor:
+        """U-Net output for noisy latents (B, 4, h, w)."""
+
+    @abstractmethod
+    def save(self, path: Path, dtype: torch.dtype | None, *, epoch: int, step: int) -> None:
+        """Write the trained thing as the file format of its kind, with metadata."""
+
+    def on_epoch_start(self, epoch: int) -> None:
+        """Epoch (1-based) begins."""
+
+    def on_step_start(self, batch: Batch) -> None:
+        """A micro-step begins, inside accumulation, before anything else."""
+
+    def on_step_end(self) -> dict[str, float | torch.Tensor]:
+        """After every micro-step (weight-norm cap); values to log."""
+        return {}
