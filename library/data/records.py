@@ -1,0 +1,141 @@
+"""What the data rooms exchange: resolved settings of data sets and subsets, and one record a picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+Size = tuple[int, int]  # (width, height)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SubsetSettings:
+    """One folder of pictures with its caption and augmentation settings; field names are config keys.
+
+    Attributes:
+        kind: `dreambooth`, `finetuning` or `controlnet`.
+        image_dir: folder of the pictures, as the user wrote it; a picture's key starts with it.
+        num_repeats: how often each picture stands in an epoch.
+        is_reg: regularisation pictures, weighted by `prior_loss_weight`.
+        class_tokens: caption of pictures without a caption file.
+        face_crop_aug_range: (smallest, largest) share of the shorter side that a face takes.
+        token_warmup_step: step at which all caption parts are used; below 1 a share of all steps.
+        resize_interpolation: how pictures are resized; None: the data set's way, else area.
+        custom_attributes: handed on in the batch untouched.
+    """
+
+    kind: str = "dreambooth"
+    image_dir: str | None = None
+    metadata_file: str | None = None
+    conditioning_data_dir: str | None = None
+    num_repeats: int = 1
+    is_reg: bool = False
+    class_tokens: str | None = None
+    caption_extension: str = ".caption"
+    shuffle_caption: bool = False
+    keep_tokens: int = 0
+    keep_tokens_separator: str = ""
+    caption_separator: str = ","
+    secondary_separator: str | None = None
+    enable_wildcard: bool = False
+    caption_prefix: str | None = None
+    caption_suffix: str | None = None
+    color_aug: bool = False
+    flip_aug: bool = False
+    face_crop_aug_range: tuple[float, float] | None = None
+    random_crop: bool = False
+    token_warmup_min: int = 1
+    token_warmup_step: float = 0
+    caption_dropout_rate: float = 0.0
+    caption_dropout_every_n_epochs: int = 0
+    caption_tag_dropout_rate: float = 0.0
+    alpha_mask: bool = False
+    resize_interpolation: str | None = None
+    cache_info: bool = False
+    custom_attributes: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DatasetSettings:
+    """One data set: subsets that share batch size, resolution and buckets.
+
+    Attributes:
+        resolution: (width, height) of training pictures; None only before it is checked.
+        batch_size: pictures a batch on each process.
+        network_multiplier: multiplier of the trained network for this data set's pictures.
+        prior_loss_weight: loss weight of regularisation pictures.
+        max_token_length: 150 or 225 for long captions, else None.
+        is_validation: these settings describe the held-out pictures.
+    """
+
+    kind: str = "dreambooth"
+    batch_size: int = 1
+    resolution: Size | None = None
+    enable_bucket: bool = False
+    min_bucket_reso: int = 256
+    max_bucket_reso: int = 1024
+    bucket_reso_steps: int = 64
+    bucket_no_upscale: bool = False
+    resize_interpolation: str | None = None
+    network_multiplier: float = 1.0
+    validation_split: float = 0.0
+    validation_seed: int | None = None
+    prior_loss_weight: float = 1.0
+    max_token_length: int | None = None
+    debug_dataset: bool = False
+    is_validation: bool = False
+    subsets: tuple[SubsetSettings, ...] = ()
+
+
+@dataclass(slots=True)
+class Item:
+    """One picture of a data set.
+
+    Attributes:
+        key: identity in the data set and in messages; for folders the path `image_dir/name`.
+        path: file of the picture.
+        caption: as read from its source, unprocessed.
+        size: (width, height) of the file, EXIF orientation not applied.
+        repeats: how often it stands in an epoch.
+        is_reg: regularisation picture.
+        subset: index into `DatasetSettings.subsets`.
+        bucket: training size, set by the bucket maker.
+        resized: size before the crop, set by the bucket maker.
+        latents_npz: latent cache file, set by the cache.
+        text_npz: text output cache file, set by the cache.
+    """
+
+    key: str
+    path: str
+    caption: str
+    size: Size
+    repeats: int = 1
+    is_reg: bool = False
+    subset: int = 0
+    bucket: Size | None = None
+    resized: Size | None = None
+    latents_npz: str | None = None
+    text_npz: str | None = None
+
+
+@dataclass(slots=True)
+class ScanResult:
+    """What a data set's folders hold.
+
+    Attributes:
+        items: training pictures subset by subset, then regularisation pictures.
+        validation: held-out pictures, each once; empty without a split.
+        notes: what the user should know, a line each.
+        tag_frequency: base name of the folder -> tag -> count, for metadata.
+        num_train_images: training pictures, repeats counted.
+        num_reg_images: regularisation pictures found, repeats of their folders counted.
+        image_counts: per subset of the settings the pictures found, repeats not counted; 0: subset ignored.
+    """
+
+    items: list[Item] = field(default_factory=list)
+    validation: list[Item] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    tag_frequency: dict[str, dict[str, int]] = field(default_factory=dict)
+    num_train_images: int = 0
+    num_reg_images: int = 0
+    image_counts: list[int] = field(default_factory=list)
