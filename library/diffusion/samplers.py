@@ -1,0 +1,155 @@
+"""Samplers by name: diffusers' schedulers with the settings under which they give this project's pictures.
+
+Tables stay on the CPU, so that a step reads no number back from a device. Settings: the defaults of diffusers
+0.21 for the common training schedule, clipping of the predicted latents off, offset 1 where a class has one.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from library.messages import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import torch
+
+DEFAULT_SAMPLER = "ddim"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplerInfo:
+    """One sampler: diffusers' class and what is set besides the common values.
+
+    Attributes:
+        name: as `--sampler` and `--sample_sampler` take it.
+        scheduler: class name in `diffusers`.
+        settings: constructor arguments of its own.
+        noise_draws: random draws per sampler step, 0 for samplers that draw none.
+    """
+
+    name: str
+    scheduler: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    noise_draws: int = 0
+
+
+def _solver(name: str) -> SamplerInfo:
+    settings = {"algorithm_type": name, "final_sigmas_type": "sigma_min"}
+    return SamplerInfo(name=name, scheduler="DPMSolverMultistepScheduler", settings=settings)
+
+
+_RECORDS = (
+    SamplerInfo(name="ddim", scheduler="DDIMScheduler"),
+    SamplerInfo(name="ddpm", scheduler="DDPMScheduler", noise_draws=1),
+    SamplerInfo(name="pndm", scheduler="PNDMScheduler"),
+    SamplerInfo(name="lms", scheduler="LMSDiscreteScheduler"),
+    SamplerInfo(name="euler", scheduler="EulerDiscreteScheduler"),
+    SamplerInfo(name="euler_a", scheduler="EulerAncestralDiscreteScheduler", noise_draws=1),
+    SamplerInfo(name="heun", scheduler="HeunDiscreteScheduler"),
+    SamplerInfo(name="dpm_2", scheduler="KDPM2DiscreteScheduler"),
+    SamplerInfo(name="dpm_2_a", scheduler="KDPM2AncestralDiscreteScheduler", noise_draws=2),
+    _solver("dpmsolver"),
+    _solver("dpmsolver++"),
+    SamplerInfo(
+        name="dpmsingle",
+        scheduler="DPMSolverSinglestepScheduler",
+        settings={"final_sigmas_type": "sigma_min", "lower_order_final": True},
+    ),
+)
+SAMPLERS: Mapping[str, SamplerInfo] = MappingProxyType({record.name: record for record in _RECORDS})
+ALIASES: Mapping[str, str] = MappingProxyType(
+    {"k_lms": "lms", "k_euler": "euler", "k_euler_a": "euler_a", "k_dpm_2": "dpm_2", "k_dpm_2_a": "dpm_2_a"}
+)
+
+
+def sampler_info(name: str) -> SamplerInfo:
+    """The record of a sampler, aliases (`k_euler`, ...) included.
+
+    Raises:
+        UserError: no sampler has this name.
+    """
+    known = SAMPLERS.get(ALIASES.get(name, name))
+    if known is None:
+        raise UserError(f"unknown sampler {name!r}", f"choose one of {', '.join([*SAMPLERS, *ALIASES])}")
+    return known
+
+
+def make_sampler(name: str, *, v_prediction: bool = False) -> Any:
+    """Build a sampler (a diffusers scheduler) by name.
+
+    Args:
+        name: `ddim`, `euler_a`, ... or an alias.
+        v_prediction: the model predicts velocity instead of noise.
+    """
+    import diffusers
+
+    info = sampler_info(name)
+    scheduler_class = getattr(diffusers, info.scheduler)
+    known = inspect.signature(scheduler_class.__init__).parameters
+    settings = {
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "prediction_type": "v_prediction" if v_prediction else "epsilon",
+        "steps_offset": 1,
+        "clip_sample": False,
+        **info.settings,
+    }
+    return scheduler_class(**{key: value for key, value in settings.items() if key in known})
+
+
+def set_steps(sampler: Any, steps: int) -> None:
+    """Lay out `steps` sampler steps; afterwards `sampler.timesteps` holds what the U-Net is called with.
+
+    Raises:
+        UserError: this sampler cannot make so few steps.
+    """
+    kind = type(sampler).__name__
+    least = 4 if kind == "PNDMScheduler" else 1
+    if steps < least:
+        raise UserError(f"{steps} sampler steps are too few", f"use at least {least} or another sampler")
+    sampler.set_timesteps(steps, device="cpu")
+    if kind == "DPMSolverSinglestepScheduler" and steps % 2 == 0:
+        # Newer diffusers ends an even count with two first-order steps; every pair is of order 1, 2 here.
+        sampler.order_list = [1, 2] * (steps // 2)
+
+
+def sampler_step(
+    sampler: Any,
+    model_output: torch.Tensor,
+    timestep: torch.Tensor,
+    sample: torch.Tensor,
+    generators: Sequence[torch.Generator],
+) -> torch.Tensor:
+    """One sampler step.
+
+    Args:
+        sampler: from `make_sampler`, after `set_steps`.
+        model_output: (B, C, h, w) prediction of the model, guidance applied.
+        timestep: the entry of `sampler.timesteps` that this step is for.
+        sample: (B, C, h, w) latents before the step.
+        generators: one per picture, so that a picture does not depend on its batch mates.
+
+    Returns:
+        (B, C, h, w) latents after the step.
+    """
+    kwargs: dict[str, Any] = {"return_dict": False}
+    if "generator" in inspect.signature(sampler.step).parameters:
+        kwargs["generator"] = list(generators)
+    if type(sampler).__name__ == "KDPM2AncestralDiscreteScheduler" and sampler.state_in_first_order:
+        _discard_draw(sample, generators)
+    return sampler.step(model_output, timestep, sample, **kwargs)[0]
+
+
+def _discard_draw(sample: torch.Tensor, generators: Sequence[torch.Generator]) -> None:
+    """Draw and drop one noise per picture: pictures of dpm_2_a count a draw in first-order calls too."""
+    import torch
+
+    for generator in generators:
+        torch.randn(sample.shape[1:], generator=generator, device=generator.device, dtype=sample.dtype)
