@@ -1,0 +1,56 @@
+"""Number formats: what the options' words mean, autocast, and one cast in place of many."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+_DTYPES = {
+    "no": torch.float32,
+    "float": torch.float32,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+
+
+def dtype_of(word: str) -> torch.dtype:
+    """`float`/`fp32`/`no`, `fp16` or `bf16` -> the torch dtype.
+
+    Raises:
+        UserError: another word.
+    """
+    from library.messages import UserError
+
+    if word not in _DTYPES:
+        raise UserError(f"unknown number format '{word}'", f"use one of {', '.join(_DTYPES)}")
+    return _DTYPES[word]
+
+
+def weight_dtype(mixed_precision: str | None) -> torch.dtype:
+    """Format of frozen weights and activations under `--mixed_precision`: no -> float32, fp16, bf16."""
+    return dtype_of(mixed_precision or "no")
+
+
+def save_dtype(save_precision: str | None) -> torch.dtype | None:
+    """Format of saved tensors under `--save_precision`; None keeps each tensor's own."""
+    return None if save_precision is None else dtype_of(save_precision)
+
+
+def autocast(device: str | torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[object]:
+    """Automatic mixed precision on `device`; nothing for float32 or None."""
+    if dtype is None or dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(device).type, dtype=dtype)
+
+
+def cast_once(x: torch.Tensor) -> torch.Tensor:
+    """Cast an input that several layers share to autocast's format, so that they do not each cast it.
+
+    Without autocast, and for tensors that autocast leaves alone, `x` itself.
+    """
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind) or not x.is_floating_point():
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
