@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-NOTHING: Mapping[str, Any] = MappingProxyType({})
-
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """The known names that look most like `name`, best first, whatever the case."""
@@ -41,7 +39,7 @@ class OptimizerRecord:
     path: str
     package: str | None = None
     min_version: str | None = None
-    defaults: Mapping[str, Any] = NOTHING
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
     adaptive: bool = False
     schedule_free: bool = False
@@ -215,73 +213,75 @@ class SamplerRecord:
 
     Attributes:
         name, aliases: as users write it.
-        path: import path of the diffusers scheduler.
+        scheduler: class name in `diffusers`.
         note: one sentence for help and docs.
-        random: draws noise between its steps.
+        settings: constructor arguments of its own, besides the common ones.
+        noise_draws: random draws per sampler step, 0 for samplers that draw none.
         calls: U-Net calls for N steps.
     """
 
     name: str
-    path: str
+    scheduler: str
     note: str
     aliases: tuple[str, ...] = ()
-    random: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    noise_draws: int = 0
     calls: str = "N"
 
 
+def _sampler(name: str, scheduler: str, note: str, **facts: Any) -> SamplerRecord:
+    return SamplerRecord(name=name, scheduler=scheduler, note=note, **facts)
+
+
+_SIGMA_MIN = {"final_sigmas_type": "sigma_min"}
+
 SAMPLERS: tuple[SamplerRecord, ...] = (
-    SamplerRecord(name="ddim", path="diffusers.DDIMScheduler", note="deterministic, the default"),
-    SamplerRecord(name="pndm", path="diffusers.PNDMScheduler", note="Runge-Kutta start, then multistep", calls="N + 9"),
-    SamplerRecord(
-        name="lms", path="diffusers.LMSDiscreteScheduler", note="linear multistep of order 4", aliases=("k_lms",)
-    ),
-    SamplerRecord(name="euler", path="diffusers.EulerDiscreteScheduler", note="Euler's method", aliases=("k_euler",)),
-    SamplerRecord(
-        name="euler_a",
-        path="diffusers.EulerAncestralDiscreteScheduler",
-        note="Euler's method with fresh noise at each step",
+    _sampler("ddim", "DDIMScheduler", "deterministic, the default"),
+    _sampler("pndm", "PNDMScheduler", "Runge-Kutta start, then multistep", calls="N + 9"),
+    _sampler("lms", "LMSDiscreteScheduler", "linear multistep of order 4", aliases=("k_lms",)),
+    _sampler("euler", "EulerDiscreteScheduler", "Euler's method", aliases=("k_euler",)),
+    _sampler(
+        "euler_a",
+        "EulerAncestralDiscreteScheduler",
+        "Euler's method with fresh noise at each step",
         aliases=("k_euler_a",),
-        random=True,
+        noise_draws=1,
     ),
-    SamplerRecord(name="heun", path="diffusers.HeunDiscreteScheduler", note="second order", calls="2N - 1"),
-    SamplerRecord(
-        name="dpm_2",
-        path="diffusers.KDPM2DiscreteScheduler",
-        note="second order, midpoint in log sigma",
-        aliases=("k_dpm_2",),
-        calls="2N - 1",
+    _sampler("heun", "HeunDiscreteScheduler", "second order", calls="2N - 1"),
+    _sampler(
+        "dpm_2", "KDPM2DiscreteScheduler", "second order, midpoint in log sigma", aliases=("k_dpm_2",), calls="2N - 1"
     ),
-    SamplerRecord(
-        name="dpm_2_a",
-        path="diffusers.KDPM2AncestralDiscreteScheduler",
-        note="dpm_2 with fresh noise",
+    _sampler(
+        "dpm_2_a",
+        "KDPM2AncestralDiscreteScheduler",
+        "dpm_2 with fresh noise",
         aliases=("k_dpm_2_a",),
-        random=True,
+        noise_draws=2,
         calls="2N - 1",
     ),
-    SamplerRecord(name="dpmsolver", path="diffusers.DPMSolverMultistepScheduler", note="DPM-Solver, order 2"),
-    SamplerRecord(name="dpmsolver++", path="diffusers.DPMSolverMultistepScheduler", note="DPM-Solver++, order 2"),
-    SamplerRecord(name="dpmsingle", path="diffusers.DPMSolverSinglestepScheduler", note="DPM-Solver++, single step"),
+    _sampler(
+        "dpmsolver",
+        "DPMSolverMultistepScheduler",
+        "DPM-Solver of order 2",
+        settings={"algorithm_type": "dpmsolver", **_SIGMA_MIN},
+    ),
+    _sampler(
+        "dpmsolver++",
+        "DPMSolverMultistepScheduler",
+        "DPM-Solver++ of order 2",
+        settings={"algorithm_type": "dpmsolver++", **_SIGMA_MIN},
+    ),
+    _sampler(
+        "dpmsingle",
+        "DPMSolverSinglestepScheduler",
+        "DPM-Solver++ of order 2, single step",
+        settings={**_SIGMA_MIN, "lower_order_final": True},
+    ),
 )
 
-# The order of the frozen command line.
 SAMPLER_NAMES: tuple[str, ...] = (
-    "ddim",
-    "pndm",
-    "lms",
-    "euler",
-    "euler_a",
-    "heun",
-    "dpm_2",
-    "dpm_2_a",
-    "dpmsolver",
-    "dpmsolver++",
-    "dpmsingle",
-    "k_lms",
-    "k_euler",
-    "k_euler_a",
-    "k_dpm_2",
-    "k_dpm_2_a",
+    *(record.name for record in SAMPLERS),
+    *(alias for record in SAMPLERS for alias in record.aliases),
 )
 
 
