@@ -9,14 +9,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from library.training.step import objective_loss
+
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import torch
-    from torch import nn
-
     from library.data.batch import Batch
     from library.models.family import Family, LoadedModel
+    from library.runtime.processes import Processes
+    from library.training.draws import Place
+    from library.training.run import Run
 
 
 class Target(ABC):
@@ -37,12 +41,12 @@ class Target(ABC):
         """Optimizer groups (`params`, `lr`) and one name per group for the logs."""
 
     @abstractmethod
-    def trained_modules(self) -> list[nn.Module]:
-        """Modules whose weights, gradients and state belong to the run, in a stable order."""
+    def trainable_parameters(self) -> list[torch.nn.Parameter]:
+        """What gradients are clipped and reduced over."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Everything that training changes; what a state folder and EMA hold."""
+        """Everything that training changes; what a state folder holds."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
@@ -57,8 +61,20 @@ class Target(ABC):
         """U-Net output for noisy latents (B, 4, h, w)."""
 
     @abstractmethod
-    def save(self, path: Path, dtype: torch.dtype | None, *, epoch: int, step: int) -> None:
-        """Write the trained thing as the file format of its kind, with metadata."""
+    def save(self, path: Path, dtype: torch.dtype | None, metadata: dict[str, str], *, epoch: int, step: int) -> None:
+        """Write the trained thing as the file format of its kind."""
+
+    def compute_loss(self, run: Run, batch: Batch, place: Place) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Mean loss of a micro-batch, with gradients, and its timesteps."""
+        return objective_loss(run, batch, place)
+
+    def post_process_loss(self, losses: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """A last word on the per-sample losses (B,)."""
+        return losses
+
+    def reduce_gradients(self, processes: Processes) -> None:
+        """Average gradients over processes; the models carry no wrapper of their own."""
+        processes.all_reduce_gradients(self.trainable_parameters())
 
     def on_epoch_start(self, epoch: int) -> None:
         """Epoch (1-based) begins."""
@@ -66,6 +82,6 @@ class Target(ABC):
     def on_step_start(self, batch: Batch) -> None:
         """A micro-step begins, inside accumulation, before anything else."""
 
-    def on_step_end(self) -> dict[str, float | torch.Tensor]:
-        """After every micro-step (weight-norm cap); values to log."""
+    def on_step_end(self) -> dict[str, Any]:
+        """After every micro-step (weight-norm cap); values to log, tensors allowed."""
         return {}

@@ -1,0 +1,86 @@
+"""What a micro-step draws at random, each draw from a stream named by its purpose and place.
+
+The replay of recorded runs hands the loop a subclass that returns recorded draws instead.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from library.diffusion import noise, timesteps
+from library.runtime.streams import python_stream, stream, stream_seed
+
+if TYPE_CHECKING:
+    from library.diffusion.schedule import NoiseSchedule
+    from library.options.objective import ObjectiveConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where in the run a micro-step stands.
+
+    Attributes:
+        epoch: 1-based.
+        micro: micro-step within the epoch on this process, from 0.
+        batch: number of the batch within the epoch over all processes, from 0; what streams are named by, so
+            that two processes draw what one process would with twice the accumulation.
+    """
+
+    epoch: int
+    micro: int
+    batch: int
+
+
+class Draws:
+    """Random draws of the training step; a function of (seed, place) alone.
+
+    Args:
+        seed: the run's seed.
+        device: where noise is drawn.
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.seed = seed
+        self.device = device
+
+    def generator(self, name: str, place: Place) -> torch.Generator:
+        """The generator for one purpose at one place, on the training device."""
+        # MPS generators differ between releases; the CPU's are stable and the draws are small
+        device = "cpu" if self.device.type == "mps" else str(self.device)
+        return stream(self.seed, name, place.epoch, place.batch, device)
+
+    def seed_modules(self, place: Place) -> None:
+        """Seed the global generators, from which foreign modules (dropout, DyLoRA) draw."""
+        value = stream_seed(self.seed, "modules", place.epoch, place.batch)
+        random.seed(value)
+        torch.manual_seed(value)
+
+    def posterior(self, place: Place, distribution: Any) -> torch.Tensor:
+        """A sample of the VAE's posterior, (B, 4, h, w)."""
+        return distribution.sample(self.generator("vae", place))
+
+    def noise(self, place: Place, latents: torch.Tensor, config: ObjectiveConfig) -> torch.Tensor:
+        """Noise of the latents' shape, offset and pyramid noise included."""
+        rng = python_stream(self.seed, "noise", place.epoch, place.batch)
+        return noise.draw_noise(latents, config, self.generator("noise", place), rng)
+
+    def timesteps(self, place: Place, count: int, config: ObjectiveConfig) -> torch.Tensor:
+        """int64 (B,) timesteps."""
+        return timesteps.draw_timesteps(count, config, self.generator("timestep", place), self.device)
+
+    def noisy_input(
+        self,
+        place: Place,
+        latents: torch.Tensor,
+        noise_: torch.Tensor,
+        timesteps_: torch.Tensor,
+        schedule: NoiseSchedule,
+        config: ObjectiveConfig,
+    ) -> torch.Tensor:
+        """The noised latents that the U-Net sees, input perturbation included."""
+        generator = self.generator("perturbation", place)
+        return noise.noisy_input(latents, noise_, timesteps_, schedule, config, generator)

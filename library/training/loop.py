@@ -1,0 +1,149 @@
+"""The training loop: epochs of micro-steps, an update every `accumulation` of them. Read it top to bottom.
+
+Between two log points nothing here reads from the device: losses stay where they are computed (`logbook.py`),
+non-finite values are masked there and told one update later (`guard.py`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from library.messages import Interrupted, UserError
+from library.training.interrupt import InterruptFlag
+
+if TYPE_CHECKING:
+    from library.data.batch import Batch
+    from library.data.plan import EpochPlan
+    from library.training.draws import Place
+    from library.training.guard import Suspect
+    from library.training.run import Run
+
+
+def train(run: Run) -> None:
+    """Train from `run.position` to `run.max_steps`, then write the final file.
+
+    Raises:
+        Interrupted: a signal asked for a stop; the state was saved.
+        UserError: a loss or gradient was not finite; the state before that update was saved.
+    """
+    run.samples.before_training(run)
+    with InterruptFlag() as interrupt:
+        while run.position.step < run.max_steps:
+            train_epoch(run, interrupt)
+    stop_if_bad(run, run.guard.check_last())
+    run.log.close(run)
+    run.saver.at_end(run)
+
+
+def train_epoch(run: Run, interrupt: InterruptFlag) -> None:
+    """The rest of the current epoch: micro-steps from `run.position.micro` on."""
+    epoch = run.position.epoch
+    plan = run.feed.plan(epoch)
+    run.target.on_epoch_start(epoch)
+    pending: list[tuple[torch.Tensor, Batch, torch.Tensor | None]] = []
+
+    for batch in run.feed.batches(plan, run.position.micro, run.position.step):
+        place = run.feed.place(epoch, run.position.micro)
+        loss, timesteps = micro_step(run, batch, place)
+        pending.append((loss, batch, timesteps))
+        run.position.micro += 1
+        if run.position.micro % run.accumulation and run.position.micro < len(plan):
+            run.log.micro_step(run, loss, run.target.on_step_end())
+            continue
+
+        update(run, pending)
+        pending = []
+        run.log.micro_step(run, loss, run.target.on_step_end())
+        run.samples.after_update(run)
+        run.saver.after_update(run)
+        if interrupt.requested:
+            save_and_stop(run)
+        if run.position.step >= run.max_steps:
+            break
+
+    end_epoch(run, plan)
+
+
+def micro_step(run: Run, batch: Batch, place: Place) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Forward and backward of one micro-batch.
+
+    Returns:
+        The batch's mean loss (on the device, before the division by the accumulation) and its timesteps.
+    """
+    run.draws.seed_modules(place)
+    run.target.on_step_start(batch)
+    loss, timesteps = run.target.compute_loss(run, batch, place)
+    scaled = loss / run.accumulation
+    (run.scaler.scale(scaled) if run.scaler else scaled).backward()
+    return loss.detach(), timesteps
+
+
+def update(run: Run, pending: list[tuple[torch.Tensor, Batch, torch.Tensor | None]]) -> None:
+    """Gradients of all processes together, clip, optimizer and schedule step."""
+    before = (run.position.copy(), run.lr_schedule.state_dict())
+    parameters = run.target.trainable_parameters()
+    run.target.reduce_gradients(run.processes)
+    if run.scaler:
+        run.scaler.unscale_(run.optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, run.max_grad_norm) if run.max_grad_norm else None
+
+    # checked before this update is made, so that the state to save is still the one before the bad update
+    stop_if_bad(run, run.guard.check_last())
+    finite = run.guard.watch(
+        [loss for loss, _, _ in pending],
+        None if run.scaler else norm,  # the scaler skips overflowed gradients itself
+        image_keys=[key for _, batch, _ in pending for key in batch.get("image_keys") or ()],
+        timesteps=torch.cat(steps) if (steps := [t for _, _, t in pending if t is not None]) else None,
+        place_to_return=before,
+    )
+    if not finite:
+        stop_if_bad(run, run.guard.check_last())
+    if run.scaler:
+        scale = run.scaler.get_scale()
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        skipped = run.scaler.get_scale() < scale
+    else:
+        run.optimizer.step()
+        skipped = False
+    if not skipped:
+        run.lr_schedule.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.position.step += 1
+
+
+def end_epoch(run: Run, plan: EpochPlan) -> None:
+    """Log, save and sample at the end of an epoch, and move on to the next."""
+    finished = run.position.epoch
+    complete = run.position.micro >= len(plan)
+    run.log.end_of_epoch(run)
+    run.processes.barrier()
+    if complete:
+        run.position.epoch, run.position.micro = finished + 1, 0
+    run.saver.after_epoch(run, finished)
+    run.samples.after_epoch(run, finished)
+
+
+def save_and_stop(run: Run) -> None:
+    """The first Ctrl-C or SIGTERM: the step is finished, save everything and say how to go on."""
+    stop_if_bad(run, run.guard.check_last())
+    run.log.close(run)
+    folder = run.saver.save_state_now(run)
+    raise Interrupted(f"stopped after step {run.position.step}; go on with --resume {folder}")
+
+
+def stop_if_bad(run: Run, suspect: Suspect | None) -> None:
+    """Save the state before a non-finite update and stop, naming its pictures and timesteps."""
+    if suspect is None:
+        return
+    position, schedule_state = suspect.place_to_return
+    run.position = position
+    run.lr_schedule.load_state_dict(schedule_state)
+    run.log.close(run)
+    folder = run.saver.save_state_now(run)
+    raise UserError(
+        f"step {position.step + 1}: the loss or a gradient is not a finite number ({suspect.describe()})",
+        f"the state before it is in {folder}; try a lower learning rate, --mixed_precision bf16, or --no_half_vae",
+    )

@@ -1,0 +1,170 @@
+"""State folders: everything that a run needs to go on exactly where it stopped.
+
+    weights.safetensors   what is trained (for a network: the network alone, no base model)
+    optimizer.pt          optimizer and schedule state, gradient scaler
+    run.json              position, seed, recorded losses, files written, a digest of the options
+
+Random numbers need no state: every draw is a function of seed and position (`draws.py`). A folder is written
+beside its final name and renamed, so a kill leaves the old folder or the new one. Folders of sd-scripts
+(written by accelerate, without a position) are read too.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from library.messages import UserError, log
+from library.runtime.files import atomic_folder, check_room
+from library.training.run import Position
+
+if TYPE_CHECKING:
+    from library.training.run import Run
+
+FORMAT = 1
+RUN_FILE = "run.json"
+
+
+def save_state(run: Run, folder: Path) -> None:
+    """Write a state folder (main process only)."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in run.target.state_dict().items()}
+    size = sum(t.numel() * t.element_size() for t in weights.values())
+    check_room(folder.parent, 4 * size)
+    facts = {
+        "format": FORMAT,
+        "position": asdict(run.position),
+        "seed": run.seed,
+        "accumulation": run.accumulation,
+        "processes": run.processes.count,
+        "batches_per_epoch": run.feed.batches_per_epoch,
+        "losses": run.log.state(),
+        "files": run.saver.files_written(),
+    }
+    parts = {
+        "optimizer": run.optimizer.state_dict(),
+        "schedule": plain_schedule_state(run.lr_schedule),
+        "scaler": run.scaler.state_dict() if run.scaler else None,
+    }
+    with atomic_folder(folder) as partial:
+        save_file(weights, partial / "weights.safetensors")
+        torch.save(parts, partial / "optimizer.pt")
+        (partial / RUN_FILE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+
+
+def plain_schedule_state(schedule: Any) -> dict[str, Any]:
+    """A schedule's state without functions, which cannot be stored."""
+    return {k: v for k, v in schedule.state_dict().items() if k != "lr_lambdas" and not callable(v)}
+
+
+def load_state(run: Run, folder: Path) -> None:
+    """Restore a run from a state folder: weights, optimizer, schedule, scaler, position.
+
+    Raises:
+        UserError: not a state folder, or of a run that this one cannot continue.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--resume {folder}: there is no such folder", "give the path of a ...-state folder")
+    if not (folder / RUN_FILE).exists():
+        load_accelerate_state(run, folder)
+        return
+    facts = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    check_same_run(run, facts, folder)
+    load_weights(run, load_file(folder / "weights.safetensors"), folder)
+    stored = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    load_optimizer(run, stored["optimizer"], folder)
+    load_schedule(run, stored["schedule"])
+    if run.scaler and stored["scaler"]:
+        run.scaler.load_state_dict(stored["scaler"])
+    run.position = Position(**facts["position"])
+    run.log.load_state(facts["losses"])
+    run.saver.adopt_files(facts["files"])
+    log.info("resumed from %s: epoch %d, step %d", folder, run.position.epoch, run.position.step)
+
+
+def check_same_run(run: Run, facts: dict[str, Any], folder: Path) -> None:
+    """Refuse a state whose position would mean something else in this run."""
+    now = {
+        "seed": run.seed,
+        "accumulation": run.accumulation,
+        "processes": run.processes.count,
+        "batches_per_epoch": run.feed.batches_per_epoch,
+    }
+    names = {
+        "seed": "--seed",
+        "accumulation": "--gradient_accumulation_steps",
+        "processes": "the number of processes",
+        "batches_per_epoch": "the data set (batches per epoch)",
+    }
+    differing = [f"{names[key]} is {now[key]}, was {facts[key]}" for key in now if now[key] != facts[key]]
+    if differing and facts["position"]["micro"]:
+        raise UserError(
+            f"--resume {folder} stands in the middle of an epoch of another run ({'; '.join(differing)})",
+            "use the same settings, or resume from a state saved at the end of an epoch",
+        )
+    for line in differing:
+        log.warning("resuming with a difference: %s", line)
+
+
+def load_weights(run: Run, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    try:
+        run.target.load_state_dict(weights)
+    except (RuntimeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"--resume {folder} holds other weights than this run trains ({reason})",
+            "use the network options (module, dim, args) that the state was made with",
+        ) from error
+
+
+def load_optimizer(run: Run, state: dict[str, Any], folder: Path) -> None:
+    try:
+        run.optimizer.load_state_dict(state)
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"--resume {folder} was made with another optimizer or other parameter groups",
+            "use the same --optimizer_type and learning-rate options",
+        ) from error
+
+
+def load_schedule(run: Run, state: dict[str, Any]) -> None:
+    own = run.lr_schedule.state_dict()
+    run.lr_schedule.load_state_dict({**own, **state})
+
+
+def load_accelerate_state(run: Run, folder: Path) -> None:
+    """Restore a state folder written by accelerate: the last model is the network, the schedule tells the step."""
+    models = sorted(folder.glob("pytorch_model*.bin"), key=_model_number) or sorted(
+        folder.glob("model*.safetensors"), key=_model_number
+    )
+    if not models or not (folder / "optimizer.bin").exists():
+        raise UserError(f"--resume {folder} is not a state folder", f"it has neither {RUN_FILE} nor optimizer.bin")
+    last = models[-1]
+    weights = (
+        load_file(last) if last.suffix == ".safetensors" else torch.load(last, map_location="cpu", weights_only=True)
+    )
+    load_weights(run, weights, folder)
+    load_optimizer(run, torch.load(folder / "optimizer.bin", map_location="cpu", weights_only=True), folder)
+    schedule_file = folder / "scheduler.bin"
+    steps = 0
+    if schedule_file.exists():
+        schedule = torch.load(schedule_file, map_location="cpu", weights_only=True)
+        steps = int(schedule.get("last_epoch", 0)) // run.processes.count
+        load_schedule(run, {"last_epoch": steps, "_step_count": steps + 1, "_last_lr": schedule.get("_last_lr", [])})
+    per_epoch = run.feed.updates_per_epoch
+    run.position = Position(epoch=steps // per_epoch + 1, micro=0, step=steps)
+    log.warning(
+        "%s was written by sd-scripts and holds no position: going on at step %d, at the start of epoch %d",
+        folder,
+        steps,
+        run.position.epoch,
+    )
+
+
+def _model_number(path: Path) -> int:
+    digits = "".join(c for c in path.stem if c.isdigit())
+    return int(digits) if digits else 0

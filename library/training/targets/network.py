@@ -1,0 +1,211 @@
+"""Target: a network (LoRA and its relatives) on a frozen model, driven through the trainer object's hooks."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from library.messages import UserError
+from library.training.step import per_sample_loss
+from library.training.targets.target import Target
+
+if TYPE_CHECKING:
+    from library.data.batch import Batch
+    from library.models.family import Family, LoadedModel
+    from library.runtime.processes import Processes
+    from library.training.draws import Place
+    from library.training.hooks import Hooks
+    from library.training.run import Run
+
+
+class NetworkTarget(Target):
+    """A network module's object, called as networks.md 1.2 says.
+
+    Args:
+        hooks: of the trainer object.
+        args: the caller's namespace, which hooks read live.
+        accelerator: as hooks expect it.
+        network: the module's network, already applied to the model.
+        weight_dtype: of the frozen model.
+        trains_text, trains_unet: which parts the network changes.
+        max_norm: `--scale_weight_norms`, or None.
+    """
+
+    def __init__(
+        self,
+        *,
+        hooks: Hooks,
+        args: Any,
+        accelerator: Any,
+        family: Family,
+        model: LoadedModel,
+        network: Any,
+        weight_dtype: torch.dtype,
+        trains_text: bool,
+        trains_unet: bool,
+        weighted_captions: bool,
+        max_norm: float | None,
+    ) -> None:
+        self.hooks = hooks
+        self.args = args
+        self.accelerator = accelerator
+        self.family = family
+        self.model = model
+        self.network = network
+        self.weight_dtype = weight_dtype
+        self.trains_text = trains_text
+        self.trains_unet = trains_unet
+        self.weighted_captions = weighted_captions
+        self.max_norm = max_norm
+        self.step_hook = getattr(network, "on_step_start", None)
+
+    def parameter_groups(self) -> tuple[list[dict[str, Any]], list[str]]:
+        """Groups of the network module; both return forms and the two-argument form are taken."""
+        prepare = self.network.prepare_optimizer_params
+        rates = (self.args.text_encoder_lr, self.args.unet_lr)
+        try:
+            result = prepare(*rates, self.args.learning_rate)
+        except TypeError:
+            result = prepare(*rates)
+        groups, names = result if isinstance(result, tuple) else (result, None)
+        groups = [{**group, "params": list(group["params"])} for group in groups]
+        return groups, list(names) if names else self._default_names(len(groups))
+
+    def _default_names(self, count: int) -> list[str]:
+        parts = ["textencoder"] * self.trains_text + ["unet"] * self.trains_unet
+        return parts if count == len(parts) else [f"group{i}" for i in range(count)]
+
+    def trainable_parameters(self) -> list[torch.nn.Parameter]:
+        return list(self.network.get_trainable_params())
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self.network.state_dict()
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.network.load_state_dict(state)
+
+    def on_epoch_start(self, epoch: int) -> None:
+        self.network.on_epoch_start(self.model.text_encoders[0], self.model.unet)
+
+    def on_step_start(self, batch: Batch) -> None:
+        if self.hooks.overridden("on_step_start"):
+            self.hooks.call(
+                "on_step_start",
+                self.args,
+                self.accelerator,
+                self.network,
+                self.model.text_encoders,
+                self.model.unet,
+                batch,
+                self.weight_dtype,
+            )
+        if self.step_hook is not None:
+            self.step_hook(self.model.text_encoders[0], self.model.unet)
+
+    def encode_text(self, batch: Batch) -> Any:
+        with torch.set_grad_enabled(self.trains_text):
+            if self.weighted_captions:
+                return self.hooks.trainer.weighted_text_cond(batch["captions"], self.weight_dtype)
+            return self.hooks.call(
+                "get_text_cond",
+                self.args,
+                self.accelerator,
+                batch,
+                self.model.tokenizers,
+                self.model.text_encoders,
+                self.weight_dtype,
+            )
+
+    def predict(self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, text: Any, batch: Batch) -> torch.Tensor:
+        return self.hooks.call(
+            "call_unet",
+            self.args,
+            self.accelerator,
+            self.model.unet,
+            noisy_latents,
+            timesteps,
+            text,
+            batch,
+            self.weight_dtype,
+        )
+
+    def compute_loss(self, run: Run, batch: Batch, place: Place) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The objective, or what a subclass puts in its place (`process_batch`, `get_noise_pred_and_target`)."""
+        self.hooks.trainer.place = place
+        if self.hooks.overridden("process_batch"):
+            return self.hooks.trainer.process_batch(*self._process_batch_arguments(run, batch)), None
+        if self.hooks.overridden("get_noise_pred_and_target"):
+            latents = run.latents(batch, place)
+            prediction, wanted, timesteps, weighting = self.hooks.trainer.get_noise_pred_and_target(
+                self.args,
+                self.accelerator,
+                run.noise_schedule,
+                latents,
+                batch,
+                self.encode_text(batch),
+                self.model.unet,
+                self.network,
+                self.weight_dtype,
+                self.trains_unet,
+            )
+            losses = per_sample_loss(run, prediction, wanted, timesteps, batch)
+            losses = losses if weighting is None else losses * weighting
+            return self.post_process_loss(losses, timesteps).mean(), timesteps
+        return super().compute_loss(run, batch, place)
+
+    def _process_batch_arguments(self, run: Run, batch: Batch) -> tuple[Any, ...]:
+        return (
+            batch,
+            self.model.text_encoders,
+            self.model.unet,
+            self.network,
+            self.model.vae,
+            run.noise_schedule,
+            self.model.vae.dtype,
+            self.weight_dtype,
+            self.accelerator,
+            self.args,
+            None,  # text encoding strategy of v0.10
+            None,  # tokenize strategy of v0.10
+            True,
+            self.trains_text,
+            self.trains_unet,
+        )
+
+    def post_process_loss(self, losses: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        if not self.hooks.overridden("post_process_loss"):
+            return losses
+        return self.hooks.call(
+            "post_process_loss", losses, self.args, timesteps, self.hooks.trainer.get_noise_scheduler(self.args, None)
+        )
+
+    def reduce_gradients(self, processes: Processes) -> None:
+        if self.hooks.overridden("all_reduce_network"):
+            self.hooks.call("all_reduce_network", self.accelerator, self.network)
+        else:
+            super().reduce_gradients(processes)
+
+    def on_step_end(self) -> dict[str, Any]:
+        """Weight-norm cap, after every micro-step."""
+        if not self.max_norm:
+            return {}
+        scaled, mean, largest = self.network.apply_max_norm_regularization(self.max_norm, self.accelerator.device)
+        return {"keys_scaled": scaled, "mean_norm": mean, "maximum_norm": largest}
+
+    def save(self, path: Path, dtype: torch.dtype | None, metadata: dict[str, str], *, epoch: int, step: int) -> None:
+        """Write the network file; refused when a weight is not finite."""
+        bad = [name for name, tensor in self.network.state_dict().items() if not finite(tensor)]
+        if bad:
+            raise UserError(
+                f"{path.name} is not written: {len(bad)} weights are not finite numbers, the first is {bad[0]}",
+                "lower the learning rate or use --mixed_precision bf16; earlier files are intact",
+            )
+        self.network.save_weights(str(path), dtype, metadata)
+
+
+def finite(tensor: torch.Tensor) -> bool:
+    """True if every element is a finite number."""
+    return math.isfinite(tensor.float().sum().item()) or bool(torch.isfinite(tensor).all())
