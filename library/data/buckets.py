@@ -104,10 +104,7 @@ class BucketRule:
     def _fit_list(self, size: Size) -> Fit:
         width, height = size
         ratio = width / height
-        if size in self._known:
-            bucket = size
-        else:
-            bucket = self.sizes[int(np.abs(self._ratios - ratio).argmin())]
+        bucket = size if size in self._known else self.sizes[int(np.abs(self._ratios - ratio).argmin())]
         bucket_ratio = bucket[0] / bucket[1]
         scale = bucket[1] / height if ratio > bucket_ratio else bucket[0] / width
         return Fit(bucket, (int(width * scale + 0.5), int(height * scale + 0.5)), bucket_ratio - ratio)

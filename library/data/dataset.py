@@ -1,0 +1,476 @@
+"""Data sets: planned batches become pictures or cached latents, captions, token ids and the numbers beside them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from library.data import images
+from library.data.buckets import BucketRule, Fit, Size, bucket_rule, crop_ltrb, sort_into_buckets
+from library.data.plan import EpochPlan, PlannedBatch, make_plan
+from library.data.records import DatasetSettings, Item, ScanResult, SubsetSettings
+from library.messages import UserError, log
+from library.runtime.streams import python_stream
+
+if TYPE_CHECKING:
+    from library.data.batch import Batch
+    from library.data.cache import CachedLatents
+
+Tokenize = Callable[[str], tuple[torch.Tensor, torch.Tensor | None]]
+Ltrb = tuple[float, float, float, float]
+
+
+@dataclass(slots=True)
+class Sample:
+    """One picture of a batch, ready to be stacked.
+
+    Attributes:
+        image: float32 (3, H, W) in [-1, 1], or None when latents are given.
+        latents: (4, H/8, W/8), or None.
+        mask: float32 (H, W) in [0, 1], or None when its subset uses no alpha masks.
+        original: (width, height) that is told as the original size.
+        ltrb: crop numbers, None where no crop is told.
+        target: (width, height) of the training picture.
+    """
+
+    image: torch.Tensor | None
+    latents: torch.Tensor | None
+    mask: torch.Tensor | None
+    original: Size
+    ltrb: Ltrb | None
+    target: Size
+
+
+class Dataset(torch.utils.data.Dataset):
+    """The pictures of one `DatasetSettings`, sorted into buckets.
+
+    `batch` is a function of its arguments and the run's seed alone. As a torch data set, item i is the whole
+    batch i of the current epoch (`current_epoch`, `current_step`), for callers that bring their own loader.
+
+    Attributes:
+        settings: resolved settings.
+        items: the pictures that are used, each with bucket and resized size.
+        buckets: their distribution.
+        index: place of this data set in its group.
+        num_train_images, num_reg_images, tag_frequency, image_counts: see `ScanResult`.
+        replacements: (from, to) pairs applied to captions in this order; see `add_replacement`.
+        memory_latents: latents kept in memory, by item, filled by `library.data.cache`.
+    """
+
+    def __init__(self, settings: DatasetSettings, scan: ScanResult, *, tokenize: Tokenize | None, seed: int) -> None:
+        """
+        Args:
+            settings: with a resolution.
+            scan: what the data set's folders hold; its items get their bucket here.
+            tokenize: caption -> (int64 (n, 77), the same of a second tokenizer or None); None: no token ids. It must
+                be picklable where loader workers are started by spawning (Windows, macOS).
+            seed: the run's seed.
+
+        Raises:
+            UserError: settings that no batch can be made from.
+        """
+        if settings.resolution is None:
+            raise UserError("no training resolution is given", "set --resolution, or resolution in the data-set file")
+        self.settings = settings
+        self.tokenize = tokenize
+        self.seed = seed
+        self.index = 0
+        self.tag_frequency = scan.tag_frequency
+        self.num_train_images = scan.num_train_images
+        self.num_reg_images = scan.num_reg_images
+        self.image_counts = list(scan.image_counts)
+        self.replacements: list[tuple[str, str | list[str]]] = []
+        self.memory_latents: list[CachedLatents | None] | None = None
+        self.max_train_steps = 0
+        self.current_epoch = 0
+        self.current_step = 0
+        self._plan: EpochPlan | None = None
+        self.items, fits = _assign(scan.items, self._rule())
+        self.buckets = sort_into_buckets(fits, (item.repeats for item in self.items))
+
+    def _rule(self) -> BucketRule:
+        settings = self.settings
+        assert settings.resolution is not None
+        return bucket_rule(
+            settings.resolution,
+            enable=settings.enable_bucket,
+            smallest=settings.min_bucket_reso,
+            largest=settings.max_bucket_reso,
+            step=settings.bucket_reso_steps,
+            no_upscale=settings.bucket_no_upscale,
+        )
+
+    @property
+    def batch_size(self) -> int:
+        return self.settings.batch_size
+
+    @property
+    def plan_batch_size(self) -> int:
+        """Entries of a bucket that make one batch."""
+        return self.settings.batch_size
+
+    @property
+    def subsets(self) -> tuple[SubsetSettings, ...]:
+        return self.settings.subsets
+
+    @property
+    def resolution(self) -> Size | None:
+        return self.settings.resolution
+
+    @property
+    def enable_bucket(self) -> bool:
+        return self.settings.enable_bucket
+
+    @property
+    def bucket_info(self) -> dict | None:
+        """Buckets and mean aspect error for model metadata; None without bucketing."""
+        return self.buckets.info() if self.settings.enable_bucket else None
+
+    @property
+    def image_data(self) -> dict[str, Item]:
+        return {item.key: item for item in self.items}
+
+    def interpolation(self, subset: SubsetSettings) -> str:
+        """How this subset's pictures are resized."""
+        return subset.resize_interpolation or self.settings.resize_interpolation or "area"
+
+    def batch(self, planned: PlannedBatch, *, epoch: int, step: int) -> Batch:
+        """Make one planned batch.
+
+        Args:
+            planned: which items; of this data set.
+            epoch: 1-based; names the random draws.
+            step: global step at which the batch is used, for token warm-up.
+
+        Raises:
+            UserError: a picture or cache file cannot be used; it names the file.
+        """
+        samples, captions, flips, items = [], [], [], []
+        for index, occurrence in zip(planned.items, planned.occurrences, strict=True):
+            item = self.items[index]
+            subset = self.subsets[item.subset]
+            place = f"{self.index}:{index}:{occurrence}"
+            draw = python_stream(self.seed, "augmentation", epoch, place)
+            flipped = subset.flip_aug and draw.random() < 0.5
+            try:
+                samples.append(self._sample(index, item, subset, draw, flipped))
+                captions.append(self._caption(item, subset, epoch, step, place))
+            except UserError:
+                raise
+            except Exception as error:
+                raise RuntimeError(f"preparing {item.key} failed: {error}") from error
+            flips.append(flipped)
+            items.append(item)
+        return self._collate(samples, captions, flips, items)
+
+    def _caption(self, item: Item, subset: SubsetSettings, epoch: int, step: int, place: str) -> str:
+        from library.data.captions import process_caption
+
+        return process_caption(
+            item.caption,
+            subset,
+            python_stream(self.seed, "caption", epoch, place),
+            epoch=epoch,
+            step=step,
+            max_train_steps=self.max_train_steps,
+            replacements=self.replacements,
+        )
+
+    def _sample(self, index: int, item: Item, subset: SubsetSettings, draw: random.Random, flipped: bool) -> Sample:
+        assert item.bucket is not None
+        cached = self._cached(index, item)
+        if cached is None:
+            return self._picture(item, subset, draw, flipped)
+        mask = cached.mask
+        if mask is not None and flipped:
+            mask = mask.flip(-1)
+        latents = cached.flipped if flipped else cached.latents
+        if latents is None:
+            raise UserError(
+                f"the latent cache of {item.key} has no flipped latents", "delete the cache file; it is made again"
+            )
+        target = (latents.shape[-1] * 8, latents.shape[-2] * 8)
+        return Sample(None, latents, mask, cached.original, cached.ltrb, target)
+
+    def _cached(self, index: int, item: Item) -> CachedLatents | None:
+        if self.memory_latents is not None:
+            return self.memory_latents[index]
+        if item.latents_npz is None:
+            return None
+        from library.data.cache import read_latents
+
+        return read_latents(item.latents_npz)
+
+    def _picture(self, item: Item, subset: SubsetSettings, draw: random.Random, flipped: bool) -> Sample:
+        assert self.resolution is not None
+        image = images.read_image(item.path, alpha=subset.alpha_mask)
+        if self.settings.enable_bucket:
+            original = (image.shape[1], image.shape[0])
+            image = self._cut_to_bucket(image, item, subset, draw)
+            assert item.bucket is not None
+            ltrb = crop_ltrb(item.bucket, original)
+        else:
+            image = self._cut_to_base(image, item, subset, draw)
+            original, ltrb = self.resolution, None
+        if subset.color_aug:
+            image = images.augment_color(image, draw)
+        if flipped:
+            image = image[:, ::-1]
+        mask = images.alpha_mask(image) if subset.alpha_mask else None
+        target = (image.shape[1], image.shape[0])
+        return Sample(images.to_tensor(image[..., :3]), None, mask, original, ltrb, target)
+
+    def _cut_to_bucket(
+        self, image: np.ndarray, item: Item, subset: SubsetSettings, draw: random.Random | None
+    ) -> np.ndarray:
+        size = (image.shape[1], image.shape[0])
+        if size != item.size:
+            raise UserError(
+                f"picture {item.path} is {size[0]}x{size[1]} but was {item.size[0]}x{item.size[1]} when it was listed",
+                "start again, and delete metadata_cache.json in its folder if there is one",
+            )
+        assert item.bucket is not None and item.resized is not None
+        draw = draw if subset.random_crop else None
+        return images.crop_to_bucket(
+            image, item.bucket, item.resized, draw=draw, interpolation=self.interpolation(subset)
+        )[0]
+
+    def _cut_to_base(self, image: np.ndarray, item: Item, subset: SubsetSettings, draw: random.Random) -> np.ndarray:
+        assert self.resolution is not None
+        face = images.face_in_name(item.path) if subset.face_crop_aug_range else None
+        if face is None or subset.face_crop_aug_range is None:
+            return images.crop_exact(image, self.resolution, draw if subset.random_crop else None, item.path)
+        return images.crop_around_face(
+            image,
+            self.resolution,
+            face,
+            subset.face_crop_aug_range,
+            draw,
+            random_crop=subset.random_crop,
+            interpolation=self.interpolation(subset),
+            path=item.path,
+        )[0]
+
+    def picture_for_cache(self, index: int) -> np.ndarray:
+        """The picture whose latents are cached: cut to its bucket in the middle, without any random change.
+
+        Returns:
+            uint8 (H, W, 3), or 4 channels where the subset uses alpha masks.
+        """
+        item = self.items[index]
+        subset = self.subsets[item.subset]
+        return self._cut_to_bucket(images.read_image(item.path, alpha=subset.alpha_mask), item, subset, None)
+
+    def _collate(
+        self, samples: Sequence[Sample], captions: list[str], flips: list[bool], items: Sequence[Item]
+    ) -> Batch:
+        prior = self.settings.prior_loss_weight
+        tops = [images.crop_top_left(s.ltrb, s.target, f) for s, f in zip(samples, flips, strict=True)]
+        ids, ids2 = self._token_ids(captions)
+        attributes = [dict(self.subsets[item.subset].custom_attributes or {}) for item in items]
+        return {
+            "loss_weights": torch.tensor([prior if item.is_reg else 1.0 for item in items], dtype=torch.float32),
+            "input_ids": ids,
+            "input_ids2": ids2,
+            "text_encoder_outputs1_list": None,
+            "text_encoder_outputs2_list": None,
+            "text_encoder_pool2_list": None,
+            "images": _stack([s.image for s in samples]),
+            "latents": _stack([s.latents for s in samples]),
+            "captions": captions,
+            "original_sizes_hw": torch.tensor([s.original[::-1] for s in samples], dtype=torch.int64),
+            "crop_top_lefts": torch.tensor(tops, dtype=torch.int64),
+            "target_sizes_hw": torch.tensor([s.target[::-1] for s in samples], dtype=torch.int64),
+            "flippeds": flips,
+            "image_keys": [item.key for item in items],
+            "alpha_masks": self._masks(samples),
+            "network_multipliers": torch.full((len(items),), float(self.settings.network_multiplier)),
+            "custom_attributes": attributes,
+        }
+
+    def _token_ids(self, captions: Sequence[str]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if self.tokenize is None:
+            return None, None
+        first, second = zip(*(self.tokenize(caption) for caption in captions), strict=True)
+        return torch.stack(first), (None if second[0] is None else torch.stack(second))
+
+    def _masks(self, samples: Sequence[Sample]) -> torch.Tensor | None:
+        if not any(subset.alpha_mask for subset in self.subsets):
+            return None
+        blanks = (torch.ones(s.target[1], s.target[0]) if s.mask is None else s.mask for s in samples)
+        return torch.stack(list(blanks))
+
+    def __len__(self) -> int:
+        """Batches of an epoch on one process."""
+        return self.buckets.batch_count(self.batch_size)
+
+    def __getitem__(self, position: int) -> Batch:
+        epoch = max(self.current_epoch, 1)
+        if self._plan is None or self._plan.epoch != epoch:
+            self._plan = make_plan([self], seed=self.seed, epoch=epoch)
+        return self.batch(self._plan.batches[0][position], epoch=epoch, step=self.current_step)
+
+    def set_current_epoch(self, epoch: int) -> None:
+        self.current_epoch = epoch
+
+    def set_current_step(self, step: int) -> None:
+        self.current_step = step
+
+    def set_max_train_steps(self, steps: int) -> None:
+        """Tell the number of steps, of which a fractional token warm-up is a share."""
+        self.max_train_steps = steps
+
+    def add_replacement(self, str_from: str, str_to: str | list[str]) -> None:
+        """Replace text in every caption; from "" the whole caption, by one of a list or by a text."""
+        self.replacements.append((str_from, str_to))
+
+    def is_latent_cacheable(self) -> bool:
+        """No subset changes pictures in a way that fixed latents cannot follow."""
+        return not any(subset.color_aug or subset.random_crop for subset in self.subsets)
+
+    def is_text_encoder_output_cacheable(self) -> bool:
+        """No subset changes captions from one time to the next."""
+        return not any(
+            subset.caption_dropout_rate > 0
+            or subset.shuffle_caption
+            or subset.token_warmup_step > 0
+            or subset.caption_tag_dropout_rate > 0
+            or subset.enable_wildcard
+            for subset in self.subsets
+        )
+
+    def verify_bucket_reso_steps(self, min_steps: int) -> None:
+        """Refuse bucket steps that the model's U-Net cannot take."""
+        settings = self.settings
+        if settings.enable_bucket and settings.bucket_reso_steps % min_steps:
+            raise UserError(
+                f"bucket_reso_steps is {settings.bucket_reso_steps}, but this model needs a multiple of {min_steps}",
+                f"set bucket_reso_steps to {min_steps} or {2 * min_steps}",
+            )
+
+
+def _assign(items: Sequence[Item], rule: BucketRule) -> tuple[list[Item], list[Fit]]:
+    """Give every item its bucket; leave out those too small for any, with one warning that names them."""
+    kept, fits, small = [], [], []
+    for item in items:
+        fit = rule.fit(item.size) if min(item.size) > 0 else None
+        if fit is None:
+            small.append(item)
+            continue
+        item.bucket, item.resized = fit.bucket, fit.resized
+        kept.append(item)
+        fits.append(fit)
+    if small:
+        names = ", ".join(f"{item.key} ({item.size[0]}x{item.size[1]})" for item in small[:5])
+        more = f" and {len(small) - 5} more" if len(small) > 5 else ""
+        log.warning("left out, smaller than bucket_reso_steps %d: %s%s", rule.step, names, more)
+    return kept, fits
+
+
+def _stack(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    present = [tensor for tensor in tensors if tensor is not None]
+    if present and len(present) != len(tensors):
+        raise RuntimeError("a batch mixes cached latents and pictures")
+    return torch.stack(present) if present else None
+
+
+class DatasetGroup(torch.utils.data.Dataset):
+    """The data sets of a run. Item i is one batch: those of the first data set, then those of the next.
+
+    Attributes:
+        datasets: the members: `Dataset`s, or others with the same methods.
+        num_train_images, num_reg_images: sums over the members.
+    """
+
+    def __init__(self, datasets: Sequence[Any]) -> None:
+        self.datasets = list(datasets)
+        for index, dataset in enumerate(self.datasets):
+            dataset.index = index
+
+    @property
+    def num_train_images(self) -> int:
+        return sum(dataset.num_train_images for dataset in self.datasets)
+
+    @property
+    def num_reg_images(self) -> int:
+        return sum(dataset.num_reg_images for dataset in self.datasets)
+
+    @property
+    def image_data(self) -> dict[str, Any]:
+        """Records of all pictures by key; equal keys of later data sets win."""
+        return {key: record for dataset in self.datasets for key, record in dataset.image_data.items()}
+
+    def batch(self, planned: PlannedBatch, *, epoch: int, step: int) -> Batch:
+        """Make one planned batch, see `Dataset.batch`."""
+        return self.datasets[planned.dataset].batch(planned, epoch=epoch, step=step)
+
+    def plan(self, seed: int, epoch: int, processes: int = 1) -> EpochPlan:
+        """The plan of one epoch, see `library.data.plan.make_plan`."""
+        return make_plan(self.datasets, seed=seed, epoch=epoch, processes=processes)
+
+    def __len__(self) -> int:
+        return sum(len(dataset) for dataset in self.datasets)
+
+    def __getitem__(self, position: int) -> Batch:
+        for dataset in self.datasets:
+            if position < len(dataset):
+                return dataset[position]
+            position -= len(dataset)
+        raise IndexError(position)
+
+    def __iter__(self) -> Any:
+        raise UserError(
+            "a data-set group was unpacked or iterated",
+            "generate_dataset_group_by_blueprint returns one group here, not the (train, validation) pair of later "
+            "versions; index the group for its batches",
+        )
+
+    def set_current_epoch(self, epoch: int) -> None:
+        for dataset in self.datasets:
+            dataset.set_current_epoch(epoch)
+
+    def set_current_step(self, step: int) -> None:
+        for dataset in self.datasets:
+            dataset.set_current_step(step)
+
+    def set_max_train_steps(self, steps: int) -> None:
+        for dataset in self.datasets:
+            dataset.set_max_train_steps(steps)
+
+    def add_replacement(self, str_from: str, str_to: str | list[str]) -> None:
+        for dataset in self.datasets:
+            dataset.add_replacement(str_from, str_to)
+
+    def verify_bucket_reso_steps(self, min_steps: int) -> None:
+        for dataset in self.datasets:
+            dataset.verify_bucket_reso_steps(min_steps)
+
+    def is_latent_cacheable(self) -> bool:
+        return all(dataset.is_latent_cacheable() for dataset in self.datasets)
+
+    def is_text_encoder_output_cacheable(self) -> bool:
+        return all(dataset.is_text_encoder_output_cacheable() for dataset in self.datasets)
+
+
+def build_group(
+    settings: Sequence[DatasetSettings],
+    scans: Sequence[ScanResult],
+    *,
+    tokenize: Tokenize | None,
+    seed: int,
+) -> DatasetGroup:
+    """The group of a run.
+
+    Args:
+        settings: one per data set.
+        scans: what each data set's folders hold.
+        tokenize: see `Dataset`.
+        seed: the run's seed.
+    """
+    pairs = zip(settings, scans, strict=True)
+    return DatasetGroup([Dataset(one, scan, tokenize=tokenize, seed=seed) for one, scan in pairs])
