@@ -45,3 +45,20 @@ class ImageRequest:
     guide_image: Any = None
     index: int = 0
     raw_line: str = ""
+
+    @property
+    def batch_key(self) -> tuple[Any, ...]:
+        """What must be equal among the requests of a batch."""
+        return (
+            self.width,
+            self.height,
+            self.original_size,
+            self.negative_original_size,
+            self.crop,
+            self.steps,
+            self.scale,
+            self.negative_scale,
+            self.strength,
+            self.network_multipliers,
+            self.sampler,
+        )

@@ -1,0 +1,111 @@
+"""Prompts -> what the U-Net is conditioned on: long prompts in chunks, emphasis as weights on the hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from library.messages import warn_once
+from library.models.family import Family, LoadedModel, TextCondition
+from library.models.tokenizers import text_ids
+from library.prompts import chunks
+from library.prompts.chunks import PromptTokens, SpecialIds
+
+
+class PromptReader:
+    """Reads prompts with the tokenizers of a model; each text is read once.
+
+    Args:
+        tokenizers: one per text encoder.
+        max_chunks: how many chunks of 75 tokens a prompt may fill; what is longer is cut, with a warning.
+    """
+
+    def __init__(self, tokenizers: Sequence[Any], max_chunks: int = 1) -> None:
+        self.tokenizers = list(tokenizers)
+        self.max_chunks = max_chunks
+        self._read: dict[str, list[PromptTokens]] = {}
+
+    def tokens(self, text: str) -> list[PromptTokens]:
+        """The prompt's weighted ids, one entry per tokenizer."""
+        if text not in self._read:
+            self._read[text] = [self._tokens(text, tokenizer) for tokenizer in self.tokenizers]
+            if any(tokens.truncated for tokens in self._read[text]):
+                limit = chunks.CONTENT * self.max_chunks
+                warn_once(f"prompt cut to {limit} tokens (--max_embeddings_multiples allows more): {text[:60]} ...")
+        return self._read[text]
+
+    def chunk_count(self, texts: Sequence[str]) -> int:
+        """Chunks that the longest of these prompts fills."""
+        lengths = [len(tokens.ids) for text in texts for tokens in self.tokens(text)]
+        return chunks.chunk_count(lengths, self.max_chunks)
+
+    def _tokens(self, text: str, tokenizer: Any) -> PromptTokens:
+        def tokenize(piece: str) -> list[int]:
+            return text_ids(tokenizer, [piece])[0]
+
+        return chunks.prompt_tokens(text, tokenize, special_ids(tokenizer), self.max_chunks)
+
+
+def special_ids(tokenizer: Any) -> SpecialIds:
+    """Begin, end and padding id of a CLIP tokenizer."""
+    return SpecialIds(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+
+
+def encode_prompts(
+    family: Family,
+    model: LoadedModel,
+    reader: PromptReader,
+    texts: Sequence[str],
+    *,
+    clip_skip: int | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> TextCondition:
+    """Encode a batch's prompts, equal ones once.
+
+    Args:
+        texts: B prompts; all get the number of chunks n that the longest of them fills.
+        clip_skip: which layer of the encoder counts, from the end; None for the last.
+
+    Returns:
+        hidden (B, 77 n, D) per encoder with the emphasis weights applied, and the pooled text of the family.
+    """
+    distinct = list(dict.fromkeys(texts))
+    count = reader.chunk_count(distinct)
+    ids, weights = [], []
+    for encoder, tokenizer in enumerate(reader.tokenizers):
+        tokens = [reader.tokens(text)[encoder] for text in distinct]
+        special = special_ids(tokenizer)
+        rows = [chunks.encoder_rows(chunks.padded_ids(prompt.ids, special, count), special) for prompt in tokens]
+        ids.append(torch.tensor(rows, device=device))
+        weights.append([chunks.padded_weights(prompt.weights, count) for prompt in tokens])
+    text = family.encode_text(model.text_encoders, ids, tokenizers=reader.tokenizers, clip_skip=clip_skip, dtype=dtype)
+    hidden = [apply_weights(states, rows) for states, rows in zip(text.hidden, weights, strict=True)]
+    return select(TextCondition(hidden, text.pooled), [distinct.index(text) for text in texts])
+
+
+def apply_weights(hidden: torch.Tensor, weights: Sequence[Sequence[float]]) -> torch.Tensor:
+    """Weigh hidden states by position, then bring each row's mean back to what it was.
+
+    Args:
+        hidden: (B, L, D).
+        weights: B lists of L numbers.
+
+    Returns:
+        (B, L, D): E * w * mean(E) / mean(E * w), means over positions and features, taken in float32.
+    """
+    if all(weight == 1.0 for row in weights for weight in row):
+        return hidden
+    factors = torch.tensor(weights, device=hidden.device, dtype=hidden.dtype)
+    weighted = hidden * factors.unsqueeze(-1)
+    before, after = (states.float().mean(dim=(-2, -1)).to(hidden.dtype) for states in (hidden, weighted))
+    return weighted * (before / after)[:, None, None]
+
+
+def select(text: TextCondition, rows: Sequence[int]) -> TextCondition:
+    """The given rows of an encoding, in that order."""
+    index = torch.tensor(rows, device=text.hidden[0].device)
+    pooled = None if text.pooled is None else text.pooled[index]
+    return TextCondition([states[index] for states in text.hidden], pooled)
