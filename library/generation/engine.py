@@ -14,6 +14,7 @@ from library.generation.request import ImageRequest
 from library.generation.text import PromptReader, encode_prompts
 from library.messages import UserError, warn_once
 from library.models.family import Family, LoadedModel, TextCondition
+from library.models.vae import decode_latents
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -125,7 +126,7 @@ class Engine:
         texts = prompts if count == 1 else [text for part in parts[:count] for text in part]
         return encode_prompts(
             self.family,
-            self.model,
+            self.model.text_encoders,
             self.reader,
             texts,
             clip_skip=self.clip_skip,
@@ -146,10 +147,8 @@ class Engine:
         return images
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        vae = self.model.vae
-        scaled = (latents / self.family.latent_scale).to(vae.dtype)
-        parts = scaled.split(vae_slice(len(scaled), self.vae_batch_size))
-        return torch.cat([vae.decode(part).sample for part in parts]).float()
+        size = vae_slice(len(latents), self.vae_batch_size)
+        return decode_latents(self.model.vae, latents / self.family.latent_scale, slice_size=size).float()
 
     def _sizes(self, requests: Sequence[ImageRequest]) -> Batch:
         """Size conditioning of the rows, for families that have it."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from library.messages import warn_once
-from library.models.family import Family, LoadedModel, TextCondition
+from library.models.family import Family, TextCondition
 from library.models.tokenizers import text_ids
 from library.prompts import chunks
 from library.prompts.chunks import PromptTokens, SpecialIds
@@ -20,11 +22,13 @@ class PromptReader:
     Args:
         tokenizers: one per text encoder.
         max_chunks: how many chunks of 75 tokens a prompt may fill; what is longer is cut, with a warning.
+        captions: read weighted captions of a training: they know no BREAK and are filled up with the end id.
     """
 
-    def __init__(self, tokenizers: Sequence[Any], max_chunks: int = 1) -> None:
+    def __init__(self, tokenizers: Sequence[Any], max_chunks: int = 1, *, captions: bool = False) -> None:
         self.tokenizers = list(tokenizers)
         self.max_chunks = max_chunks
+        self.captions = captions
         self._read: dict[str, list[PromptTokens]] = {}
 
     def tokens(self, text: str) -> list[PromptTokens]:
@@ -32,9 +36,21 @@ class PromptReader:
         if text not in self._read:
             self._read[text] = [self._tokens(text, tokenizer) for tokenizer in self.tokenizers]
             if any(tokens.truncated for tokens in self._read[text]):
+                option = "max_token_length" if self.captions else "max_embeddings_multiples"
                 limit = chunks.CONTENT * self.max_chunks
-                warn_once(f"prompt cut to {limit} tokens (--max_embeddings_multiples allows more): {text[:60]} ...")
+                warn_once(f"cut to {limit} tokens (--{option} allows more): {text[:60]} ...")
         return self._read[text]
+
+    def encoder_ids(self, texts: Sequence[str], encoder: int, count: int) -> list[list[list[int]]]:
+        """What a text encoder gets: for each text `count` chunks of 77 ids."""
+        special = special_ids(self.tokenizers[encoder])
+        fill = dataclasses.replace(special, pad=special.end) if self.captions else special
+        rows = [chunks.padded_ids(self.tokens(text)[encoder].ids, fill, count) for text in texts]
+        return [chunks.encoder_rows(row, special) for row in rows]
+
+    def weights(self, texts: Sequence[str], encoder: int, count: int) -> list[list[float]]:
+        """The weight of each of the 77 * `count` positions, for each text."""
+        return [chunks.padded_weights(self.tokens(text)[encoder].weights, count) for text in texts]
 
     def chunk_count(self, texts: Sequence[str]) -> int:
         """Chunks that the longest of these prompts fills."""
@@ -45,7 +61,7 @@ class PromptReader:
         def tokenize(piece: str) -> list[int]:
             return text_ids(tokenizer, [piece])[0]
 
-        return chunks.prompt_tokens(text, tokenize, special_ids(tokenizer), self.max_chunks)
+        return chunks.prompt_tokens(text, tokenize, special_ids(tokenizer), self.max_chunks, breaks=not self.captions)
 
 
 def special_ids(tokenizer: Any) -> SpecialIds:
@@ -55,7 +71,7 @@ def special_ids(tokenizer: Any) -> SpecialIds:
 
 def encode_prompts(
     family: Family,
-    model: LoadedModel,
+    text_encoders: Sequence[nn.Module],
     reader: PromptReader,
     texts: Sequence[str],
     *,
@@ -63,7 +79,7 @@ def encode_prompts(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
 ) -> TextCondition:
-    """Encode a batch's prompts, equal ones once.
+    """Encode a batch's prompts, equal ones once; gradients reach the text encoders where they are on.
 
     Args:
         texts: B prompts; all get the number of chunks n that the longest of them fills.
@@ -74,14 +90,10 @@ def encode_prompts(
     """
     distinct = list(dict.fromkeys(texts))
     count = reader.chunk_count(distinct)
-    ids, weights = [], []
-    for encoder, tokenizer in enumerate(reader.tokenizers):
-        tokens = [reader.tokens(text)[encoder] for text in distinct]
-        special = special_ids(tokenizer)
-        rows = [chunks.encoder_rows(chunks.padded_ids(prompt.ids, special, count), special) for prompt in tokens]
-        ids.append(torch.tensor(rows, device=device))
-        weights.append([chunks.padded_weights(prompt.weights, count) for prompt in tokens])
-    text = family.encode_text(model.text_encoders, ids, tokenizers=reader.tokenizers, clip_skip=clip_skip, dtype=dtype)
+    encoders = range(len(reader.tokenizers))
+    ids = [torch.tensor(reader.encoder_ids(distinct, encoder, count), device=device) for encoder in encoders]
+    text = family.encode_text(list(text_encoders), ids, tokenizers=reader.tokenizers, clip_skip=clip_skip, dtype=dtype)
+    weights = [reader.weights(distinct, encoder, count) for encoder in encoders]
     hidden = [apply_weights(states, rows) for states, rows in zip(text.hidden, weights, strict=True)]
     return select(TextCondition(hidden, text.pooled), [distinct.index(text) for text in texts])
 
