@@ -1,0 +1,562 @@
+"""LoRA: low-rank updates of linear layers (LierLa) and, with a convolution rank, of all convolutions (C3Lier).
+
+`--network_module networks.lora`. Third parties import, subclass and call what stands here; names, argument order
+and file format are those of sd-scripts.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from library.messages import UserError, log, warn_once
+from networks import files, low_rank, names, weight_norm
+from networks.adapter import AdapterModule, as_list, find_layers
+from networks.blocks import (
+    NUM_OF_BLOCKS,
+    RE_UPDOWN,
+    block_lr_weight,
+    get_block_dims_and_alphas,
+    get_block_index,
+    get_block_lr_weight,
+    parse_block_lr_kwargs,
+    remove_block_dims_and_alphas,
+)
+from networks.optimizer_groups import Part
+from networks.regions import RegionalModule, RegionalNetwork
+
+__all__ = [
+    "RE_UPDOWN",
+    "LoRAInfModule",
+    "LoRAModule",
+    "LoRANetwork",
+    "create_network",
+    "create_network_from_weights",
+    "get_block_dims_and_alphas",
+    "get_block_index",
+    "get_block_lr_weight",
+    "parse_block_lr_kwargs",
+    "remove_block_dims_and_alphas",
+]
+
+DEFAULT_DIM = 4
+DEFAULT_ALPHA = 1.0
+
+
+class LoRAModule(AdapterModule):
+    """`y = layer(x) + multiplier * alpha / rank * up(down(x))` for one Linear or Conv2d.
+
+    Attributes:
+        lora_down, lora_up: Linear (r, in), (out, r), or Conv2d (r, in, k, k) and (out, r, 1, 1).
+        alpha: 0-dim buffer; scale: alpha / rank.
+    """
+
+    def __init__(
+        self,
+        lora_name: str,
+        org_module: nn.Module,
+        multiplier: float = 1.0,
+        lora_dim: int = 4,
+        alpha: float | Tensor | None = 1,
+        dropout: float | None = None,
+        rank_dropout: float | None = None,
+        module_dropout: float | None = None,
+    ) -> None:
+        """
+        Args:
+            alpha: None or 0 means the rank.
+            dropout, rank_dropout, module_dropout: chances to drop a hidden value, a rank, the whole module.
+        """
+        super().__init__(lora_name, org_module, multiplier)
+        self.lora_dim = lora_dim
+        self.is_conv = type(org_module).__name__ == "Conv2d"
+        self.make_layers(org_module, lora_dim)
+        alpha = alpha.detach().float().item() if isinstance(alpha, Tensor) else alpha
+        alpha = lora_dim if alpha is None or alpha == 0 else alpha
+        self.scale = alpha / lora_dim
+        self.register_buffer("alpha", torch.tensor(alpha))
+        self.initialize()
+        self.dropout, self.rank_dropout, self.module_dropout = dropout, rank_dropout, module_dropout
+        self._drops = any(p is not None for p in (dropout, rank_dropout, module_dropout))
+        self._fused_layer: list[nn.Module] = []
+
+    def make_layers(self, layer: Any, rank: int) -> None:
+        """`lora_down` and `lora_up` for a layer, with their constructors' draws in this order."""
+        if self.is_conv:
+            kernel, stride, padding = layer.kernel_size, layer.stride, layer.padding
+            self.lora_down = nn.Conv2d(layer.in_channels, rank, kernel, stride, padding, bias=False)
+            self.lora_up = nn.Conv2d(rank, layer.out_channels, (1, 1), (1, 1), bias=False)
+        else:
+            self.lora_down = nn.Linear(layer.in_features, rank, bias=False)
+            self.lora_up = nn.Linear(rank, layer.out_features, bias=False)
+
+    def initialize(self) -> None:
+        """Starting values: no update at first."""
+        nn.init.kaiming_uniform_(self.lora_down.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_up.weight)
+
+    def apply_to(self) -> None:
+        """Take over the layer's forward; a plain layer's own computation is fused with the update."""
+        if low_rank.can_fuse(self.org_module):
+            self._fused_layer = [self.org_module]
+        super().apply_to()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer with its update; dropouts only in training."""
+        if not self.enabled:
+            return self.org_forward(x)
+        if self._drops and self.training:
+            return self._dropout_forward(x)
+        return self.default_forward(x)
+
+    def default_forward(self, x: Tensor) -> Tensor:
+        """Layer and update without dropout: two kernels more than the layer alone."""
+        down, up = self.lora_down.weight, self.lora_up.weight
+        scale = self.multiplier * self.scale
+        if self._fused_layer and not torch.compiler.is_compiling():
+            layer = self._fused_layer[0]
+            if not layer.weight.requires_grad:
+                return low_rank.fused(x, layer, down, up, scale)
+        base = self.org_forward(x)
+        hidden = self._down(x)
+        add = low_rank.add_to_pixels if self.is_conv else low_rank.add_to_rows
+        return add(base, hidden, low_rank.match(up, base), scale)
+
+    def low_rank_output(self, x: Tensor) -> Tensor:
+        """The update alone, scaled."""
+        return self._up(self._down(x)) * (self.multiplier * self.scale)
+
+    def _down(self, x: Tensor) -> Tensor:
+        weight = low_rank.match(self.lora_down.weight, x)
+        if self.is_conv:
+            return F.conv2d(x, weight, None, self.lora_down.stride, self.lora_down.padding)
+        return F.linear(x, weight)
+
+    def _up(self, hidden: Tensor) -> Tensor:
+        weight = low_rank.match(self.lora_up.weight, hidden)
+        return F.conv2d(hidden, weight) if self.is_conv else F.linear(hidden, weight)
+
+    def _dropout_forward(self, x: Tensor) -> Tensor:
+        base = self.org_forward(x)
+        if self.module_dropout is not None and torch.rand(1) < self.module_dropout:
+            return base
+        hidden = self._down(x)
+        scale = self.multiplier * self.scale
+        if self.dropout is not None:
+            hidden = F.dropout(hidden, self.dropout)
+        if self.rank_dropout is not None:
+            keep = torch.rand((hidden.shape[0], self.lora_dim), device=hidden.device) > self.rank_dropout
+            shape = {3: (-1, 1, self.lora_dim), 4: (-1, self.lora_dim, 1, 1)}.get(hidden.dim(), (-1, self.lora_dim))
+            hidden = hidden * keep.view(shape)
+            scale = scale / (1.0 - self.rank_dropout)
+        return base + self._up(hidden) * scale
+
+    def get_weight(self, multiplier: float | None = None) -> Tensor:
+        """The update as a weight of the layer's shape, float32, at a strength (default: the module's)."""
+        multiplier = self.multiplier if multiplier is None else multiplier
+        down, up = self.lora_down.weight.detach().float(), self.lora_up.weight.detach().float()
+        delta = up.flatten(1) @ down.flatten(1)
+        return delta.view(up.shape[0], *down.shape[1:]) * (multiplier * self.scale)
+
+    def merged_weight(self, weight: Tensor, multiplier: float | None = None) -> Tensor:
+        """The layer's weight plus the update."""
+        return weight.float() + self.get_weight(multiplier).to(weight.device)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """A loaded alpha also sets the scale, so that a file works as strongly here as anywhere."""
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if f"{prefix}alpha" in state_dict and not self.alpha.is_meta:
+            self.scale = float(self.alpha) / self.lora_dim
+
+
+class LoRAInfModule(RegionalModule, LoRAModule):
+    """The module for generation: merging, regions, no dropout."""
+
+    def __init__(
+        self,
+        lora_name: str,
+        org_module: nn.Module,
+        multiplier: float = 1.0,
+        lora_dim: int = 4,
+        alpha: float | Tensor | None = 1,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(lora_name, org_module, multiplier, lora_dim, alpha)
+        self.network = None
+        self.is_regional = self.takes_sub_prompt = self.is_text_encoder = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer with its update, confined to the network's region if it has one."""
+        if not self.enabled:
+            return self.org_forward(x)
+        if self.network is None or self.network.sub_prompt_index is None:
+            return self.default_forward(x)
+        if self.is_regional or self.takes_sub_prompt:
+            return self.regional_forward(x)
+        return self.default_forward(x)
+
+
+class LoRANetwork(RegionalNetwork):
+    """LoRA modules of a U-Net and its text encoders."""
+
+    NUM_OF_BLOCKS = NUM_OF_BLOCKS
+    UNET_TARGET_REPLACE_MODULE: ClassVar[list[str]] = ["Transformer2DModel"]
+    UNET_TARGET_REPLACE_MODULE_CONV2D_3X3: ClassVar[list[str]] = ["ResnetBlock2D", "Downsample2D", "Upsample2D"]
+    TEXT_ENCODER_TARGET_REPLACE_MODULE: ClassVar[list[str]] = ["CLIPAttention", "CLIPSdpaAttention", "CLIPMLP"]
+
+    def __init__(
+        self,
+        text_encoder: Any,
+        unet: nn.Module,
+        multiplier: float = 1.0,
+        lora_dim: int = 4,
+        alpha: float = 1,
+        dropout: float | None = None,
+        rank_dropout: float | None = None,
+        module_dropout: float | None = None,
+        conv_lora_dim: int | None = None,
+        conv_alpha: float | None = None,
+        block_dims: Sequence[int] | None = None,
+        block_alphas: Sequence[float] | None = None,
+        conv_block_dims: Sequence[int] | None = None,
+        conv_block_alphas: Sequence[float] | None = None,
+        modules_dim: Mapping[str, int] | None = None,
+        modules_alpha: Mapping[str, Any] | None = None,
+        module_class: type = LoRAModule,
+        varbose: bool = False,
+    ) -> None:
+        """
+        Args:
+            text_encoder: one model, a list of them, or None.
+            conv_lora_dim: rank of convolutions other than 1x1; None leaves them out.
+            block_dims, block_alphas: 25 values for the U-Net's linear layers and 1x1 convolutions.
+            conv_block_dims, conv_block_alphas: 25 values for its other convolutions.
+            modules_dim, modules_alpha: rank and alpha by module name, from a file; overrides everything else.
+            varbose: list the layers that get no module.
+        """
+        super().__init__(multiplier)
+        self.lora_dim, self.alpha = lora_dim, alpha
+        self.conv_lora_dim, self.conv_alpha = conv_lora_dim, conv_alpha
+        self.dropout, self.rank_dropout, self.module_dropout = dropout, rank_dropout, module_dropout
+        self.block_dims, self.block_alphas = block_dims, block_alphas
+        self.conv_block_dims, self.conv_block_alphas = conv_block_dims, conv_block_alphas
+        self.modules_dim, self.modules_alpha = modules_dim, modules_alpha or {}
+        self.module_class = module_class
+        self.down_lr_weight: list[float] | None = None
+        self.mid_lr_weight: float | None = None
+        self.up_lr_weight: list[float] | None = None
+        self.block_lr = False
+        self.loraplus_lr_ratio: float | None = None
+        self.loraplus_unet_lr_ratio: float | None = None
+        self.loraplus_text_encoder_lr_ratio: float | None = None
+
+        skipped: list[str] = []
+        encoders = as_list(text_encoder)
+        for prefix, encoder in zip(self.text_encoder_prefixes(encoders), encoders, strict=True):
+            found = find_layers(encoder, prefix, self.TEXT_ENCODER_TARGET_REPLACE_MODULE, is_text_encoder=True)
+            self.text_encoder_loras += self._make_modules(found, False, skipped)
+        found = find_layers(unet, self.LORA_PREFIX_UNET, self._unet_targets())
+        self.unet_loras = self._make_modules(found, True, skipped)
+        self.check_names()
+        self._say(varbose, skipped)
+
+    def _unet_targets(self) -> list[str]:
+        wants_conv = self.modules_dim is not None or self.conv_lora_dim is not None or self.conv_block_dims is not None
+        return self.UNET_TARGET_REPLACE_MODULE + (self.UNET_TARGET_REPLACE_MODULE_CONV2D_3X3 if wants_conv else [])
+
+    def _make_modules(self, found: Any, is_unet: bool, skipped: list[str]) -> list[LoRAModule]:
+        modules = []
+        for name, layer in found:
+            is_conv = type(layer).__name__ == "Conv2d" and tuple(layer.kernel_size) != (1, 1)
+            rank, alpha = self._rank_and_alpha(name, is_unet, is_conv)
+            if rank:
+                modules.append(
+                    self.module_class(
+                        name,
+                        layer,
+                        self.multiplier,
+                        rank,
+                        alpha,
+                        dropout=self.dropout,
+                        rank_dropout=self.rank_dropout,
+                        module_dropout=self.module_dropout,
+                    )
+                )
+            elif not is_conv or self.conv_lora_dim is not None or self.conv_block_dims is not None:
+                skipped.append(name)
+        return modules
+
+    def _rank_and_alpha(self, name: str, is_unet: bool, is_conv: bool) -> tuple[int | None, Any]:
+        """What a layer's module gets; rank None or 0 means no module."""
+        if self.modules_dim is not None:
+            return self.modules_dim.get(name), self.modules_alpha.get(name)
+        if is_unet and self.block_dims is not None:
+            index = get_block_index(name)
+            if index < 0:
+                raise UserError(
+                    f"block ranks and weights are for SD 1.x/2.x U-Nets; {name} has no block", "leave them out"
+                )
+            if not is_conv:
+                return self.block_dims[index], self.block_alphas[index]
+            if self.conv_block_dims is None:
+                return None, None
+            return self.conv_block_dims[index], self.conv_block_alphas[index]
+        return (self.conv_lora_dim, self.conv_alpha) if is_conv else (self.lora_dim, self.alpha)
+
+    def _say(self, varbose: bool, skipped: list[str]) -> None:
+        if self.modules_dim is not None:
+            log.info("LoRA with the ranks of a file")
+        elif self.block_dims is not None:
+            log.info("LoRA with ranks by block: %s, convolutions: %s", self.block_dims, self.conv_block_dims)
+        else:
+            log.info("LoRA with rank %s, alpha %s", self.lora_dim, self.alpha)
+            if self.conv_lora_dim is not None:
+                log.info("convolutions with rank %s, alpha %s", self.conv_lora_dim, self.conv_alpha)
+        log.info(
+            "LoRA: %d modules for text encoders, %d for the U-Net", len(self.text_encoder_loras), len(self.unet_loras)
+        )
+        if varbose and skipped and self.modules_dim is None:
+            log.info("%d layers have rank 0 and get no module: %s", len(skipped), ", ".join(skipped))
+
+    def own_names(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The file's tensors under this U-Net's names, whichever of the two naming styles it has."""
+        return names.convert_if_needed(weights, [adapter.lora_name for adapter in self.unet_loras])
+
+    # Learning rates
+
+    def set_block_lr_weight(
+        self,
+        up_lr_weight: list[float] | None = None,
+        mid_lr_weight: float | None = None,
+        down_lr_weight: list[float] | None = None,
+    ) -> None:
+        """Learning-rate weights of the blocks (12 up, mid, 12 down)."""
+        self.block_lr = True
+        self.down_lr_weight, self.mid_lr_weight, self.up_lr_weight = down_lr_weight, mid_lr_weight, up_lr_weight
+
+    def get_lr_weight(self, lora: LoRAModule) -> float:
+        """Learning-rate weight of a module by its block."""
+        index = get_block_index(lora.lora_name)
+        return block_lr_weight(index, self.down_lr_weight, self.mid_lr_weight, self.up_lr_weight)
+
+    def set_loraplus_lr_ratio(
+        self,
+        loraplus_lr_ratio: float | None,
+        loraplus_unet_lr_ratio: float | None,
+        loraplus_text_encoder_lr_ratio: float | None,
+    ) -> None:
+        """LoRA+: factor of the rate of `lora_up`, in general and by part."""
+        self.loraplus_lr_ratio = loraplus_lr_ratio
+        self.loraplus_unet_lr_ratio = loraplus_unet_lr_ratio
+        self.loraplus_text_encoder_lr_ratio = loraplus_text_encoder_lr_ratio
+
+    def prepare_optimizer_params(
+        self, text_encoder_lr: float | None, unet_lr: float | None, default_lr: float | None = None
+    ) -> tuple[list[dict[str, Any]], list[str]]:
+        """Optimizer groups and their descriptions.
+
+        Args:
+            text_encoder_lr, unet_lr: None = the optimizer's own rate; 0 = the part is not trained.
+            default_lr: what block weights and LoRA+ multiply where a part has no rate of its own.
+        """
+        parts = []
+        if self.text_encoder_loras:
+            ratio = self.loraplus_text_encoder_lr_ratio or self.loraplus_lr_ratio
+            parts.append(Part("textencoder", self.text_encoder_loras, text_encoder_lr, ratio, default_lr))
+        if self.unet_loras:
+            parts += self._unet_parts(unet_lr, default_lr)
+        return self.optimizer_groups(parts)
+
+    def _unet_parts(self, unet_lr: float | None, default_lr: float | None) -> list[Part]:
+        ratio = self.loraplus_unet_lr_ratio or self.loraplus_lr_ratio
+        if not self.block_lr:
+            return [Part("unet", self.unet_loras, unet_lr, ratio, default_lr)]
+        rate = default_lr if unet_lr is None else unet_lr
+        if rate is None:
+            raise UserError("block learning-rate weights need a rate to multiply", "set --unet_lr or --learning_rate")
+        blocks: dict[int, list[LoRAModule]] = {}
+        for lora in self.unet_loras:
+            blocks.setdefault(get_block_index(lora.lora_name), []).append(lora)
+        return [
+            Part(f"unet_block{index}", loras, rate * self.get_lr_weight(loras[0]), ratio)
+            for index, loras in blocks.items()
+        ]
+
+    def apply_max_norm_regularization(self, max_norm_value: float, device: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Shrink every module whose update's norm exceeds the cap.
+
+        Returns:
+            0-dim tensors on the device: modules scaled, mean and largest norm afterwards.
+        """
+        return weight_norm.cap(self.adapters, max_norm_value)
+
+
+def create_network(
+    multiplier: float,
+    network_dim: int | None,
+    network_alpha: float | None,
+    vae: Any,
+    text_encoder: Any,
+    unet: nn.Module,
+    neuron_dropout: float | None = None,
+    **kwargs: Any,
+) -> LoRANetwork:
+    """A new network for training.
+
+    Args:
+        multiplier: strength, 1 in training.
+        network_dim, network_alpha: rank (None = 4) and alpha (None = 1) of linear layers and 1x1 convolutions.
+        vae: not used.
+        text_encoder: one model or a list.
+        neuron_dropout: chance to drop a hidden value.
+        kwargs: `--network_args` as texts (networks.md 2.3).
+
+    Raises:
+        UserError: a value that is no number, or lists of the wrong length.
+    """
+    _warn_unknown(kwargs)
+    dim = DEFAULT_DIM if network_dim is None else int(network_dim)
+    alpha = DEFAULT_ALPHA if network_alpha is None else network_alpha
+    conv_dim = _number(kwargs, "conv_dim", int)
+    conv_alpha = _number(kwargs, "conv_alpha", float)
+    if conv_dim is not None and conv_alpha is None:
+        conv_alpha = 1.0
+
+    down, mid, up = parse_block_lr_kwargs(kwargs)
+    has_lr_weights = any(weight is not None for weight in (down, mid, up))
+    blocks: tuple[Any, Any, Any, Any] = (None, None, None, None)
+    if kwargs.get("block_dims") is not None or has_lr_weights:
+        blocks = get_block_dims_and_alphas(
+            kwargs.get("block_dims"),
+            kwargs.get("block_alphas"),
+            dim,
+            alpha,
+            kwargs.get("conv_block_dims"),
+            kwargs.get("conv_block_alphas"),
+            conv_dim,
+            conv_alpha,
+        )
+        blocks = remove_block_dims_and_alphas(*blocks, down, mid, up)
+
+    network = LoRANetwork(
+        text_encoder,
+        unet,
+        multiplier=multiplier,
+        lora_dim=dim,
+        alpha=alpha,
+        dropout=neuron_dropout,
+        rank_dropout=_number(kwargs, "rank_dropout", float),
+        module_dropout=_number(kwargs, "module_dropout", float),
+        conv_lora_dim=conv_dim,
+        conv_alpha=conv_alpha,
+        block_dims=blocks[0],
+        block_alphas=blocks[1],
+        conv_block_dims=blocks[2],
+        conv_block_alphas=blocks[3],
+        varbose=True,
+    )
+    if has_lr_weights:
+        network.set_block_lr_weight(up, mid, down)
+    network.set_loraplus_lr_ratio(
+        _number(kwargs, "loraplus_lr_ratio", float),
+        _number(kwargs, "loraplus_unet_lr_ratio", float),
+        _number(kwargs, "loraplus_text_encoder_lr_ratio", float),
+    )
+    return network
+
+
+def create_network_from_weights(
+    multiplier: float,
+    file: str | None,
+    vae: Any,
+    text_encoder: Any,
+    unet: nn.Module,
+    weights_sd: Mapping[str, Tensor] | None = None,
+    for_inference: bool = False,
+    **kwargs: Any,
+) -> tuple[LoRANetwork, dict[str, Tensor]]:
+    """A network with the ranks and alphas of a file; its values are for the caller to load or merge.
+
+    Args:
+        file: the network file; read unless `weights_sd` holds its tensors.
+        for_inference: modules for generation (`LoRAInfModule`).
+        kwargs: of these only the block learning-rate weights are used.
+
+    Returns:
+        The network, and the file's tensors under the network's names.
+
+    Raises:
+        UserError: the file is of another family or method.
+    """
+    source = str(file) if file is not None else "the network"
+    weights = dict(weights_sd) if weights_sd is not None else files.read_weights(str(file))
+    files.refuse_foreign_methods(weights, source)
+    weights = names.convert_if_needed(weights, names.unet_names(unet))
+    dims, alphas = _ranks_and_alphas(weights)
+    network = LoRANetwork(
+        text_encoder,
+        unet,
+        multiplier=multiplier,
+        modules_dim=dims,
+        modules_alpha=alphas,
+        module_class=LoRAInfModule if for_inference else LoRAModule,
+    )
+    files.check_match(weights, network.adapters, source)
+    down, mid, up = parse_block_lr_kwargs(kwargs)
+    if any(weight is not None for weight in (down, mid, up)):
+        network.set_block_lr_weight(up, mid, down)
+    return network, weights
+
+
+def _ranks_and_alphas(weights: Mapping[str, Tensor]) -> tuple[dict[str, int], dict[str, Any]]:
+    dims: dict[str, int] = {}
+    alphas: dict[str, Any] = {}
+    for name, tensors in files.group_by_module(weights).items():
+        for key, tensor in tensors.items():
+            if "alpha" in key:
+                alphas[name] = tensor
+            elif "lora_down" in key:
+                dims[name] = tensor.shape[0]
+    return dims, {name: alphas.get(name, dim) for name, dim in dims.items()}
+
+
+ARGUMENTS = (
+    "conv_dim",
+    "conv_alpha",
+    "block_dims",
+    "block_alphas",
+    "conv_block_dims",
+    "conv_block_alphas",
+    "down_lr_weight",
+    "mid_lr_weight",
+    "up_lr_weight",
+    "block_lr_zero_threshold",
+    "rank_dropout",
+    "module_dropout",
+    "loraplus_lr_ratio",
+    "loraplus_unet_lr_ratio",
+    "loraplus_text_encoder_lr_ratio",
+)
+
+
+def _warn_unknown(kwargs: Mapping[str, Any]) -> None:
+    """Arguments that do nothing are named, with what was perhaps meant (`dropout` comes from the trainer itself)."""
+    for key in kwargs.keys() - {*ARGUMENTS, "dropout"}:
+        near = difflib.get_close_matches(key, ARGUMENTS, 1)
+        warn_once(
+            f"network argument {key} has no effect in networks.lora" + (f"; did you mean {near[0]}?" if near else "")
+        )
+
+
+def _number(kwargs: Mapping[str, Any], key: str, kind: type) -> Any:
+    value = kwargs.get(key)
+    try:
+        return None if value is None else kind(value)
+    except (TypeError, ValueError):
+        raise UserError(f"network argument {key}={value} is not a number", "give a number") from None

@@ -1,0 +1,167 @@
+"""Forward and backward of a frozen layer with a low-rank update: `y = layer(x) + scale * up(down(x))`.
+
+The update costs two forward kernels. Where the layer is a plain frozen `Linear` or 1x1 `Conv2d` (most of a
+network), layer and update are one autograd function with a hand-written backward: nothing of the layer's output
+or of the input's size is copied, scaled or added in a kernel of its own, and no scale costs a kernel.
+Elsewhere (3x3 convolutions, layers that another network or a foreign program has taken over, torch.compile) the
+same two kernels are added and autograd does the rest.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def is_pointwise(layer: nn.Module) -> bool:
+    """Whether a convolution is a plain matrix product over pixels."""
+    return (
+        tuple(layer.kernel_size) == (1, 1)
+        and tuple(layer.stride) == (1, 1)
+        and layer.padding in ((0, 0), 0, "valid")
+        and layer.groups == 1
+    )
+
+
+def can_fuse(layer: nn.Module) -> bool:
+    """Whether layer and update may be computed as one function: torch's own layer, its forward not replaced."""
+    forward = getattr(layer.forward, "__func__", None)
+    if type(layer) is nn.Linear:
+        return forward is nn.Linear.forward
+    return type(layer) is nn.Conv2d and forward is nn.Conv2d.forward and is_pointwise(layer)
+
+
+def fused(x: Tensor, layer: nn.Module, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """`layer(x) + scale * up(down(x))` for a layer that `can_fuse` and whose weight is frozen.
+
+    Args:
+        x: (..., in) for Linear, (B, in, H, W) for Conv2d.
+        down, up: (r, in[, 1, 1]) and (out, r[, 1, 1]); of any float dtype, cast to that of the computation.
+    """
+    if type(layer) is nn.Linear:
+        return _Rows.apply(x, layer.weight, layer.bias, down, up, scale)
+    if x.is_contiguous():
+        return _Pixels.apply(x, layer.weight, layer.bias, down, up, scale)
+    rows = x.permute(0, 2, 3, 1)  # channels-last memory: pixels are rows without a copy
+    return _Rows.apply(rows, layer.weight, layer.bias, down, up, scale).permute(0, 3, 1, 2)
+
+
+def add_to_rows(base: Tensor, hidden: Tensor, up: Tensor, scale: float) -> Tensor:
+    """`base + scale * hidden up^T` in one kernel: base (..., out), hidden (..., r), up (out, r)."""
+    rows = torch.addmm(base.reshape(-1, base.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), up.t(), alpha=scale)
+    return rows.view(base.shape)
+
+
+def add_to_pixels(base: Tensor, hidden: Tensor, up: Tensor, scale: float) -> Tensor:
+    """`base + scale * up(hidden)` in one kernel: base (B, out, H, W), hidden (B, r, H, W), up (out, r, 1, 1)."""
+    up = up.flatten(1)
+    if base.is_contiguous():
+        batch = base.shape[0]
+        return torch.baddbmm(
+            base.flatten(2), up.expand(batch, -1, -1), hidden.reshape(batch, hidden.shape[1], -1), alpha=scale
+        ).view(base.shape)
+    return add_to_rows(base.permute(0, 2, 3, 1), hidden.permute(0, 2, 3, 1), up, scale).permute(0, 3, 1, 2)
+
+
+def match(weight: Tensor, x: Tensor) -> Tensor:
+    """The weight in x's dtype, unless autocast does that by itself."""
+    if weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+        return weight
+    return weight.to(x.dtype)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class _Rows(torch.autograd.Function):
+    """The function over rows: x (..., in) -> (..., out). `beta=0` products carry the scale for nothing."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
+    ) -> Tensor:
+        dtype = _compute_dtype(x)
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        frozen = weight.flatten(1).to(dtype)
+        a, b = down.flatten(1).to(dtype), up.flatten(1).to(dtype)
+        out = rows.mm(frozen.t()) if bias is None else torch.addmm(bias.to(dtype), rows, frozen.t())
+        hidden = rows.mm(a.t())
+        out.addmm_(hidden, b.t(), alpha=scale)
+        ctx.save_for_backward(rows if ctx.needs_input_grad[3] else None, weight, a, b, hidden)
+        ctx.scale, ctx.x_shape, ctx.x_dtype, ctx.down, ctx.up = scale, x.shape, x.dtype, _like(down), _like(up)
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, a, b, hidden = ctx.saved_tensors
+        needs_x, _, _, needs_down, needs_up, _ = ctx.needs_input_grad
+        grad = grad.reshape(-1, grad.shape[-1])
+        grad_x = grad_down = grad_up = None
+        if needs_up:
+            grad_up = _shaped(torch.addmm(b, grad.t(), hidden, beta=0, alpha=ctx.scale), ctx.up)
+        if needs_x or needs_down:
+            grad_hidden = grad.mm(b)
+            if needs_down:
+                grad_down = _shaped(torch.addmm(a, grad_hidden.t(), rows, beta=0, alpha=ctx.scale), ctx.down)
+            if needs_x:
+                grad_x = grad.mm(weight.flatten(1).to(grad.dtype)).addmm_(grad_hidden, a, alpha=ctx.scale)
+                grad_x = grad_x.view(ctx.x_shape).to(ctx.x_dtype)
+        return grad_x, None, None, grad_down, grad_up, None
+
+
+class _Pixels(torch.autograd.Function):
+    """The function over contiguous pictures: x (B, in, H, W) -> (B, out, H, W)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
+    ) -> Tensor:
+        dtype, batch = _compute_dtype(x), x.shape[0]
+        pixels = x.flatten(2).to(dtype)
+        a, b = down.flatten(1).to(dtype), up.flatten(1).to(dtype)
+        out = F.conv2d(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        hidden = torch.bmm(a.expand(batch, -1, -1), pixels)
+        out.flatten(2).baddbmm_(b.expand(batch, -1, -1), hidden, alpha=scale)
+        ctx.save_for_backward(pixels if ctx.needs_input_grad[3] else None, weight, a, b, hidden)
+        ctx.scale, ctx.x_shape, ctx.x_dtype, ctx.down, ctx.up = scale, x.shape, x.dtype, _like(down), _like(up)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        pixels, weight, a, b, hidden = ctx.saved_tensors
+        needs_x, _, _, needs_down, needs_up, _ = ctx.needs_input_grad
+        batch = grad.shape[0]
+        grad = grad.flatten(2)
+        grad_x = grad_down = grad_up = None
+        if needs_up:
+            grad_up = _shaped(_batch_product(grad, hidden, ctx.scale), ctx.up)
+        if needs_x or needs_down:
+            grad_hidden = torch.bmm(b.t().expand(batch, -1, -1), grad)
+            if needs_down:
+                grad_down = _shaped(_batch_product(grad_hidden, pixels, ctx.scale), ctx.down)
+            if needs_x:
+                frozen = weight.flatten(1).to(grad.dtype)
+                grad_x = torch.bmm(frozen.t().expand(batch, -1, -1), grad)
+                grad_x.baddbmm_(a.t().expand(batch, -1, -1), grad_hidden, alpha=ctx.scale)
+                grad_x = grad_x.view(ctx.x_shape).to(ctx.x_dtype)
+        return grad_x, None, None, grad_down, grad_up, None
+
+
+def _batch_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """Sum over the batch of `scale * left right^T`: (B, m, P), (B, n, P) -> (m, n)."""
+    return torch.bmm(left, right.mT).sum(0).mul_(scale)
+
+
+def _like(weight: Tensor) -> tuple[torch.Size, torch.dtype]:
+    return weight.shape, weight.dtype
+
+
+def _shaped(grad: Tensor, like: tuple[torch.Size, torch.dtype]) -> Tensor:
+    return grad.view(like[0]).to(like[1])
