@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from library.data import images
+from library.data import captions, images
 from library.data.buckets import BucketRule, Fit, Size, bucket_rule, crop_ltrb, sort_into_buckets
+from library.data.latents_file import CachedLatents, read_latents
 from library.data.plan import EpochPlan, PlannedBatch, make_plan
 from library.data.records import DatasetSettings, Item, ScanResult, SubsetSettings
 from library.messages import UserError, log
@@ -19,7 +20,6 @@ from library.runtime.streams import python_stream
 
 if TYPE_CHECKING:
     from library.data.batch import Batch
-    from library.data.cache import CachedLatents
 
 Tokenize = Callable[[str], tuple[torch.Tensor, torch.Tensor | None]]
 Ltrb = tuple[float, float, float, float]
@@ -150,7 +150,7 @@ class Dataset(torch.utils.data.Dataset):
         Raises:
             UserError: a picture or cache file cannot be used; it names the file.
         """
-        samples, captions, flips, items = [], [], [], []
+        samples, texts, flips, items = [], [], [], []
         for index, occurrence in zip(planned.items, planned.occurrences, strict=True):
             item = self.items[index]
             subset = self.subsets[item.subset]
@@ -159,19 +159,17 @@ class Dataset(torch.utils.data.Dataset):
             flipped = subset.flip_aug and draw.random() < 0.5
             try:
                 samples.append(self._sample(index, item, subset, draw, flipped))
-                captions.append(self._caption(item, subset, epoch, step, place))
+                texts.append(self._caption(item, subset, epoch, step, place))
             except UserError:
                 raise
             except Exception as error:
                 raise RuntimeError(f"preparing {item.key} failed: {error}") from error
             flips.append(flipped)
             items.append(item)
-        return self._collate(samples, captions, flips, items)
+        return self._collate(samples, texts, flips, items)
 
     def _caption(self, item: Item, subset: SubsetSettings, epoch: int, step: int, place: str) -> str:
-        from library.data.captions import process_caption
-
-        return process_caption(
+        return captions.process(
             item.caption,
             subset,
             python_stream(self.seed, "caption", epoch, place),
@@ -186,7 +184,7 @@ class Dataset(torch.utils.data.Dataset):
         cached = self._cached(index, item)
         if cached is None:
             return self._picture(item, subset, draw, flipped)
-        mask = cached.mask
+        mask = cached.mask if subset.alpha_mask else None
         if mask is not None and flipped:
             mask = mask.flip(-1)
         latents = cached.flipped if flipped else cached.latents
@@ -195,15 +193,18 @@ class Dataset(torch.utils.data.Dataset):
                 f"the latent cache of {item.key} has no flipped latents", "delete the cache file; it is made again"
             )
         target = (latents.shape[-1] * 8, latents.shape[-2] * 8)
+        if target != (item.bucket[0] // 8 * 8, item.bucket[1] // 8 * 8):
+            raise UserError(
+                f"the latent cache of {item.key} is for {target[0]}x{target[1]}, not {item.bucket[0]}x{item.bucket[1]}",
+                "start without --skip_cache_check, or delete the cache file",
+            )
         return Sample(None, latents, mask, cached.original, cached.ltrb, target)
 
     def _cached(self, index: int, item: Item) -> CachedLatents | None:
-        if self.memory_latents is not None:
+        if self.memory_latents is not None and self.memory_latents[index] is not None:
             return self.memory_latents[index]
         if item.latents_npz is None:
             return None
-        from library.data.cache import read_latents
-
         return read_latents(item.latents_npz)
 
     def _picture(self, item: Item, subset: SubsetSettings, draw: random.Random, flipped: bool) -> Sample:
@@ -266,12 +267,10 @@ class Dataset(torch.utils.data.Dataset):
         subset = self.subsets[item.subset]
         return self._cut_to_bucket(images.read_image(item.path, alpha=subset.alpha_mask), item, subset, None)
 
-    def _collate(
-        self, samples: Sequence[Sample], captions: list[str], flips: list[bool], items: Sequence[Item]
-    ) -> Batch:
+    def _collate(self, samples: Sequence[Sample], texts: list[str], flips: list[bool], items: Sequence[Item]) -> Batch:
         prior = self.settings.prior_loss_weight
         tops = [images.crop_top_left(s.ltrb, s.target, f) for s, f in zip(samples, flips, strict=True)]
-        ids, ids2 = self._token_ids(captions)
+        ids, ids2 = self._token_ids(texts)
         attributes = [dict(self.subsets[item.subset].custom_attributes or {}) for item in items]
         return {
             "loss_weights": torch.tensor([prior if item.is_reg else 1.0 for item in items], dtype=torch.float32),
@@ -282,7 +281,7 @@ class Dataset(torch.utils.data.Dataset):
             "text_encoder_pool2_list": None,
             "images": _stack([s.image for s in samples]),
             "latents": _stack([s.latents for s in samples]),
-            "captions": captions,
+            "captions": texts,
             "original_sizes_hw": torch.tensor([s.original[::-1] for s in samples], dtype=torch.int64),
             "crop_top_lefts": torch.tensor(tops, dtype=torch.int64),
             "target_sizes_hw": torch.tensor([s.target[::-1] for s in samples], dtype=torch.int64),
@@ -293,10 +292,10 @@ class Dataset(torch.utils.data.Dataset):
             "custom_attributes": attributes,
         }
 
-    def _token_ids(self, captions: Sequence[str]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def _token_ids(self, texts: Sequence[str]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if self.tokenize is None:
             return None, None
-        first, second = zip(*(self.tokenize(caption) for caption in captions), strict=True)
+        first, second = zip(*(self.tokenize(text) for text in texts), strict=True)
         return torch.stack(first), (None if second[0] is None else torch.stack(second))
 
     def _masks(self, samples: Sequence[Sample]) -> torch.Tensor | None:
@@ -449,6 +448,17 @@ class DatasetGroup(torch.utils.data.Dataset):
     def verify_bucket_reso_steps(self, min_steps: int) -> None:
         for dataset in self.datasets:
             dataset.verify_bucket_reso_steps(min_steps)
+
+    def cache_latents(
+        self, vae: Any, vae_batch_size: int = 1, cache_to_disk: bool = False, is_main_process: bool = True
+    ) -> None:
+        """Cache the latents of all members with a diffusers VAE; every process calls it."""
+        from library.data.cache import cache_with_vae
+
+        cache_with_vae(self.datasets, vae, vae_batch_size, cache_to_disk)
+        for dataset in self.datasets:
+            if not isinstance(dataset, Dataset):
+                dataset.cache_latents(vae, vae_batch_size, cache_to_disk, is_main_process)
 
     def is_latent_cacheable(self) -> bool:
         return all(dataset.is_latent_cacheable() for dataset in self.datasets)
