@@ -54,3 +54,9 @@ def cast_once(x: torch.Tensor) -> torch.Tensor:
     if kind == "meta" or not torch.is_autocast_enabled(kind) or not x.is_floating_point():
         return x
     return x.to(torch.get_autocast_dtype(kind))
+
+
+def allow_half_gradients(scaler: torch.amp.GradScaler) -> None:
+    """Let a gradient scaler unscale float16 gradients, which it refuses by itself (`--full_fp16`)."""
+    unscale = scaler._unscale_grads_
+    scaler._unscale_grads_ = lambda optimizer, inv_scale, found_inf, _: unscale(optimizer, inv_scale, found_inf, True)
