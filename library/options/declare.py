@@ -57,7 +57,6 @@ class Option:
     choices: tuple[Any, ...] | None
     nargs: str | None
     help: str
-    required: bool = False
 
     @property
     def is_flag(self) -> bool:
@@ -65,9 +64,11 @@ class Option:
 
     def add_to(self, parser: argparse._ActionsContainer) -> None:
         """Add this option to an argparse parser."""
+        help = self.help.replace("%", "%%")
         if self.is_flag:
-            parser.add_argument(self.flag, dest=self.dest, action="store_true", default=self.default, help=self.help)
+            parser.add_argument(self.flag, dest=self.dest, action="store_true", default=self.default, help=help)
             return
+        shown = "" if self.default in (None, "") else " (default: %(default)s)"
         parser.add_argument(
             self.flag,
             dest=self.dest,
@@ -75,7 +76,7 @@ class Option:
             default=self.default,
             choices=list(self.choices) if self.choices else None,
             nargs=self.nargs,
-            help=self.help,
+            help=help + shown,
         )
 
 

@@ -11,6 +11,10 @@ from library.options.declare import option
 class ValidationConfig:
     """Validation loss on held-out pictures."""
 
-    validate_every_n_steps: int | None = option(None, "")
-    validate_every_n_epochs: int | None = option(None, "")
-    max_validation_steps: int | None = option(None, "")
+    validate_every_n_steps: int | None = option(
+        None, "compute the validation loss every N updates; needs --validation_split"
+    )
+    validate_every_n_epochs: int | None = option(
+        None, "compute the validation loss every N epochs; every epoch when both are left out"
+    )
+    max_validation_steps: int | None = option(None, "validation batches at most; all when left out")

@@ -1,0 +1,28 @@
+"""Draw pictures with a Stable Diffusion 1.x or 2.x model; docs/gen_img.md."""
+
+from __future__ import annotations
+
+import argparse
+
+from library.messages import run
+from library.options.parser import build_parser, parse, resolve
+
+SCRIPT = "gen_img_diffusers.py"
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    """The parser of this script."""
+    return build_parser(SCRIPT)
+
+
+def main(args: argparse.Namespace | None = None) -> None:
+    """Read the options (or take them from a caller) and draw."""
+    args = parse(SCRIPT) if args is None else args
+    options = resolve(args, SCRIPT)
+    from library.generation.command import run as draw
+
+    draw(options, args)
+
+
+if __name__ == "__main__":
+    run(main)

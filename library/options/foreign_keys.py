@@ -1,0 +1,25 @@
+"""Keys that front ends write for every script: options of other model families' scripts, or of the front end alone.
+
+Known here so that the one warning about unknown keys names them as what they are.
+"""
+
+from __future__ import annotations
+
+_KEYS = """
+ae apply_t5_attn_mask attn_mode block_lr blocks_to_swap blockwise_fused_optimizers byt5
+cache_text_encoder_outputs cache_text_encoder_outputs_to_disk caption_dropout_every_n_epochs clip_g
+clip_g_dropout_rate clip_l clip_l_dropout_rate compile compile_backend compile_cache_size_limit
+compile_dynamic compile_fullgraph compile_mode cpu_offload_checkpointing disable_mmap_load_safetensors
+discrete_flow_shift double_blocks_to_swap enable_scaled_pos_embed epoch fp8_scaled fp8_vl
+fused_optimizer_groups gemma2 gemma2_max_token_length guidance_scale learning_rate_te learning_rate_te1
+learning_rate_te2 llm_adapter_path logit_mean logit_std masked_loss mem_eff_save mode_scale
+model_prediction_type model_type no_half_vae no_token_padding noise_offset_type pos_emb_random_crop_rate
+prior_loss_weight qwen3 qwen3_max_token_length qwen_image_vae_2d save_clip save_t5xxl show_timesteps
+show_timesteps_resolution sigmoid_scale single_blocks_to_swap split_attn split_mode
+stop_text_encoder_training system_prompt t5_dropout_rate t5_max_token_length t5_tokenizer_path t5xxl
+t5xxl_device t5xxl_dtype t5xxl_max_token_length text_encoder text_encoder_batch_size text_encoder_cpu
+timestep_sampling train_blocks train_inpainting train_text_encoder unsloth_offload_checkpointing
+use_flash_attn use_sage_attn vae_chunk_size vae_disable_cache weighting_scheme
+"""
+
+FOREIGN_KEYS = frozenset(_KEYS.split())

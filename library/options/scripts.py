@@ -1,0 +1,132 @@
+"""Which script has which options: one entry a script.
+
+A concern is a dataclass of `library/options/`; an entry names its concerns in the order of `--help`, the options
+that the script lacks, and those whose default, choices or type differ.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from library.messages import UserError
+from library.options.config_file import ConfigFileConfig
+from library.options.console import ConsoleConfig
+from library.options.dataset import DatasetConfig
+from library.options.declare import Option, options_of
+from library.options.distributed import DistributedConfig
+from library.options.hub import HubConfig
+from library.options.image import ImageConfig
+from library.options.image_model import ImageModelConfig
+from library.options.image_passes import ImagePassesConfig
+from library.options.logging import LoggingConfig
+from library.options.loop import LoopConfig
+from library.options.metadata import MetadataConfig
+from library.options.model import ModelConfig
+from library.options.network import NetworkConfig
+from library.options.objective import ObjectiveConfig
+from library.options.optimizer import OptimizerConfig
+from library.options.precision import PrecisionConfig
+from library.options.registries import nearest
+from library.options.samples import SamplesConfig
+from library.options.saving import SavingConfig
+from library.options.validation import ValidationConfig
+
+CONCERNS: dict[str, type] = {
+    "config_file": ConfigFileConfig,
+    "model": ModelConfig,
+    "network": NetworkConfig,
+    "dataset": DatasetConfig,
+    "loop": LoopConfig,
+    "optimizer": OptimizerConfig,
+    "objective": ObjectiveConfig,
+    "precision": PrecisionConfig,
+    "saving": SavingConfig,
+    "metadata": MetadataConfig,
+    "samples": SamplesConfig,
+    "validation": ValidationConfig,
+    "logging": LoggingConfig,
+    "console": ConsoleConfig,
+    "hub": HubConfig,
+    "distributed": DistributedConfig,
+    "image": ImageConfig,
+    "image_model": ImageModelConfig,
+    "image_passes": ImagePassesConfig,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Script:
+    """One script's command line.
+
+    Attributes:
+        summary: first line of `--help`.
+        concerns: keys of `CONCERNS`, in the order of `--help` and of written config files.
+        absent: options of these concerns that the script lacks.
+        changed: option -> fields of its `Option` that differ in this script.
+        required: options that command line and config file together must give.
+    """
+
+    summary: str
+    concerns: tuple[str, ...]
+    absent: frozenset[str] = frozenset()
+    changed: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    required: tuple[str, ...] = ()
+
+    def groups(self) -> list[tuple[str, list[Option]]]:
+        """(concern, its options in this script) in order."""
+        return [(concern, self._options(concern)) for concern in self.concerns]
+
+    def options(self) -> list[Option]:
+        """All options in order."""
+        return [option for _, options in self.groups() for option in options]
+
+    def _options(self, concern: str) -> list[Option]:
+        present = [o for o in options_of(CONCERNS[concern]) if o.dest not in self.absent]
+        return [dataclasses.replace(o, **self.changed.get(o.dest, {})) for o in present]
+
+
+_TRAINING = (
+    "config_file",
+    "model",
+    "dataset",
+    "saving",
+    "metadata",
+    "precision",
+    "loop",
+    "optimizer",
+    "objective",
+    "samples",
+    "validation",
+    "logging",
+    "console",
+    "hub",
+    "distributed",
+)
+
+SCRIPTS: dict[str, Script] = {
+    "train_network.py": Script(
+        summary="Train a network (LoRA and its relatives) on a Stable Diffusion 1.x or 2.x model.",
+        concerns=(*_TRAINING, "network"),
+        required=("pretrained_model_name_or_path", "network_module", "output_dir"),
+    ),
+    "gen_img_diffusers.py": Script(
+        summary="Draw pictures with a Stable Diffusion 1.x or 2.x model.",
+        concerns=("image_model", "image", "image_passes", "console"),
+        required=("ckpt",),
+    ),
+}
+
+
+def find_script(name: str) -> Script:
+    """The entry of a script, by its path from the top folder.
+
+    Raises:
+        UserError: no such script.
+    """
+    if name not in SCRIPTS:
+        near = nearest(name, SCRIPTS)
+        raise UserError(f"no script {name}", f"did you mean {near[0]}?" if near else f"known: {', '.join(SCRIPTS)}")
+    return SCRIPTS[name]
