@@ -1,0 +1,385 @@
+"""Finds a data set's pictures in its folders, with captions and sizes, and says what is wrong or odd there.
+
+Regularisation pictures are balanced against the training pictures, and validation pictures are set apart.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from library.data.captions import tags_of
+from library.data.image_size import image_size
+from library.data.listing import UNREAD_SUFFIXES, Listing, list_folder, picture_count
+from library.data.records import DatasetSettings, Item, ScanResult, Size, SubsetSettings
+from library.messages import UserError
+from library.runtime.files import atomic_write
+
+INFO_FILE = "metadata_cache.json"
+# A folder whose files take longer than this each to open lies on a slow disk or network: threads wait in parallel.
+SLOW_FILE_SECONDS = 0.001
+SHOWN = 5
+
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
+
+
+def scan(settings: DatasetSettings, *, seed: int = 0) -> ScanResult:
+    """The pictures of one data set.
+
+    Args:
+        settings: resolved settings, with a resolution.
+        seed: decides which pictures are held out where `validation_seed` is not set.
+
+    Raises:
+        UserError: a kind that is not supported yet, no resolution, a setting out of range, or pictures or captions
+            that cannot be read; it names them.
+    """
+    _check(settings)
+    result = ScanResult(image_counts=[0] * len(settings.subsets))
+    regular: list[Item] = []
+    regularisation: list[Item] = []
+    broken: list[str] = []
+    seen: dict[str, str] = {}
+    for index, subset in enumerate(settings.subsets):
+        note = _unusable(subset, seen)
+        if note:
+            result.notes.append(note)
+            continue
+        folder = _read_folder(subset, index)
+        result.notes += folder.notes
+        broken += folder.broken
+        _count_tags(result.tag_frequency, subset, folder.items)
+        items = folder.items
+        if subset.is_reg:
+            regularisation += items
+        else:
+            items, held_out = _hold_out(items, settings, seed)
+            regular += items
+            result.validation += held_out
+        result.image_counts[index] = len(items)
+    if broken:
+        raise _unreadable(broken)
+    result.num_train_images = sum(item.repeats for item in regular)
+    result.num_reg_images = sum(item.repeats for item in regularisation)
+    if 0 < result.num_train_images < result.num_reg_images:
+        result.notes.append(
+            f"{result.num_reg_images} regularisation pictures for {result.num_train_images} training pictures "
+            "(repeats counted): the last ones are not used"
+        )
+    result.items = regular + balance(regularisation, result.num_train_images)
+    result.notes += _size_notes(regular, settings)
+    return result
+
+
+def require_pictures(datasets: Sequence[DatasetSettings], scans: Sequence[ScanResult]) -> None:
+    """Refuse to go on when no data set has a picture.
+
+    Raises:
+        UserError: names the folders that were looked at, with what was odd there.
+    """
+    if any(result.items for result in scans):
+        return
+    folders = [subset.image_dir or "?" for settings in datasets for subset in settings.subsets]
+    notes = [note for result in scans for note in result.notes]
+    looked = f" in {_some(folders)}" if folders else ""
+    raise UserError(f"no pictures found{looked}", "; ".join(notes[:SHOWN]) or "add subsets with an image_dir")
+
+
+def balance(pictures: Sequence[Item], target: int) -> list[Item]:
+    """The regularisation pictures that are used, with repeats raised until they make up `target` in sum.
+
+    In the first pass each picture enters with its own repeats until the target is reached, so the sum may exceed it
+    by the last picture's repeats; further passes add one repeat at a time.
+    """
+    used: list[Item] = []
+    total = 0
+    for item in pictures:
+        if total >= target:
+            return used
+        used.append(item)
+        total += item.repeats
+    while used and total < target:
+        for item in used[: target - total]:
+            item.repeats += 1
+            total += 1
+    return used
+
+
+def _check(settings: DatasetSettings) -> None:
+    if settings.kind != "dreambooth":
+        what = "metadata files (--in_json, metadata_file)" if settings.kind == "finetuning" else "ControlNet data sets"
+        raise UserError(f"{what} are not supported yet", "use folders of pictures with caption files")
+    if settings.resolution is None:
+        raise UserError(
+            "no training resolution is given", "set --resolution, or resolution in the data-set file, such as 512"
+        )
+    if settings.batch_size < 1:
+        raise UserError(f"batch_size is {settings.batch_size}", "it must be 1 or more")
+
+
+def _unusable(subset: SubsetSettings, seen: dict[str, str]) -> str | None:
+    """Why a subset is left out, or None; remembers its folder."""
+    folder = subset.image_dir
+    assert folder is not None, "checked with the configuration"
+    if subset.num_repeats < 1:
+        return f"{folder} is left out: num_repeats is {subset.num_repeats}"
+    path = os.path.normcase(os.path.realpath(folder))
+    if path in seen:
+        return f"{folder} is left out: the same folder is used before as {seen[path]}"
+    if not os.path.isdir(folder):
+        what = "it is no folder" if os.path.exists(folder) else "it does not exist"
+        return f"{folder} is left out: {what}"
+    seen[path] = folder
+    return None
+
+
+@dataclass(slots=True)
+class Folder:
+    """What one subset's folder gave.
+
+    Attributes:
+        items: one for each picture, by name.
+        notes: what the user should know.
+        broken: files that cannot be used, with the reason.
+    """
+
+    items: list[Item] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+
+
+def _read_folder(subset: SubsetSettings, index: int) -> Folder:
+    assert subset.image_dir is not None
+    cache = os.path.join(subset.image_dir, INFO_FILE)
+    if subset.cache_info and (known := _read_info(cache)) is not None:
+        folder = Folder(notes=[f"captions and sizes come from {cache}: delete it after changes in the folder"])
+        for name, (caption, size) in known.items():
+            folder.items.append(_item(subset, index, name, caption, size))
+        return folder
+    try:
+        listing = list_folder(subset.image_dir)
+    except OSError as error:
+        raise UserError(f"cannot read folder {subset.image_dir} ({error.strerror})", "check its permissions") from error
+    folder = _read_files(subset, index, listing)
+    if subset.cache_info and not folder.broken:
+        _write_info(cache, folder.items)
+    return folder
+
+
+def _read_files(subset: SubsetSettings, index: int, listing: Listing) -> Folder:
+    assert subset.image_dir is not None
+    suffix = subset.caption_extension
+    suffix = suffix if suffix.startswith(".") else f".{suffix}"
+    present = {os.path.normcase(name): name for name in (*listing.others, *listing.pictures)}
+    folder = Folder(notes=_listing_notes(subset.image_dir, listing))
+    missing = []
+
+    def read(name: str) -> tuple[Size, str | None] | str:
+        caption_file = next((present[n] for n in caption_names(name, suffix) if n in present), None)
+        return _read_picture(subset, name, caption_file)
+
+    for name, found in zip(listing.pictures, _map(read, listing.pictures), strict=True):
+        if isinstance(found, str):
+            folder.broken.append(found)
+            continue
+        size, caption = found
+        if caption is None:
+            missing.append(name)
+            caption = subset.class_tokens or ""
+        folder.items.append(_item(subset, index, name, caption, size))
+    if missing:
+        folder.notes.append(_missing_note(subset, suffix, missing, listing))
+    return folder
+
+
+def _read_picture(subset: SubsetSettings, name: str, caption_file: str | None) -> tuple[Size, str | None] | str:
+    """Size and caption (None: it has no file) of one picture, or a text that says what is broken."""
+    assert subset.image_dir is not None
+    path = os.path.join(subset.image_dir, name)
+    try:
+        size = image_size(path)
+    except OSError as error:
+        return f"{path} ({_reason(error)})"
+    if caption_file is None:
+        return size, None
+    path = os.path.join(subset.image_dir, caption_file)
+    try:
+        return size, read_caption(path, every_line=subset.enable_wildcard)
+    except UnicodeDecodeError:
+        return f"{path} (a caption that is not UTF-8)"
+    except EOFError:
+        return f"{path} (an empty caption file)"
+    except OSError as error:
+        return f"{path} ({_reason(error)})"
+
+
+def _reason(error: OSError) -> str:
+    text = error.strerror or str(error)
+    return "not a readable picture" if text.startswith("cannot identify image file") else text
+
+
+def caption_names(name: str, suffix: str) -> list[str]:
+    """Names of the files in which a picture's caption may stand, in this order.
+
+    The second one serves pictures that state a face as `name_cx_cy_w_h`.
+    """
+    stem = os.path.splitext(name)[0]
+    names = [stem + suffix]
+    pieces = stem.split("_")
+    if len(pieces) >= 5:
+        names.append("_".join(pieces[:-4]) + suffix)
+    return [os.path.normcase(candidate) for candidate in names]
+
+
+def read_caption(path: str | os.PathLike[str], *, every_line: bool = False) -> str:
+    """The first line of a caption file, or all lines that are not blank, joined by line breaks; stripped.
+
+    The text is UTF-8, or UTF-16 with a byte order mark.
+
+    Raises:
+        EOFError: the file is empty.
+        UnicodeDecodeError: it is no such text.
+    """
+    with open(path, "rb") as file:
+        data = file.read()
+    encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    text = data.decode(encoding)
+    if not text:
+        raise EOFError(str(path))
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    if every_line:
+        return "\n".join(line.strip() for line in lines if line.strip())
+    return lines[0].strip()
+
+
+def _map(function: Callable[[Argument], Result], arguments: Sequence[Argument]) -> list[Result]:
+    """Apply a function that opens files: one after the other, or in threads where the first ones were slow."""
+    trial, rest = arguments[:16], arguments[16:]
+    start = time.perf_counter()
+    results = [function(argument) for argument in trial]
+    if not rest or time.perf_counter() - start < SLOW_FILE_SECONDS * len(trial):
+        return results + [function(argument) for argument in rest]
+    with ThreadPoolExecutor(16) as pool:
+        return results + list(pool.map(function, rest))
+
+
+def _item(subset: SubsetSettings, index: int, name: str, caption: str, size: Size) -> Item:
+    assert subset.image_dir is not None
+    path = os.path.join(subset.image_dir, name)
+    return Item(path, path, caption, size, subset.num_repeats, subset.is_reg, index)
+
+
+def _read_info(path: str) -> dict[str, tuple[str, Size]] | None:
+    """File name -> (caption, size) as `cache_info` left them; None if there is no such file or it is broken."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            entries = json.load(file)
+        return {
+            re.split(r"[\\/]", key)[-1]: (
+                str(entry["caption"]),
+                (int(entry["resolution"][0]), int(entry["resolution"][1])),
+            )
+            for key, entry in entries.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _write_info(path: str, items: Iterable[Item]) -> None:
+    entries = {item.path: {"caption": item.caption, "resolution": list(item.size)} for item in items}
+    with atomic_write(path, "w") as file:
+        json.dump(entries, file, ensure_ascii=False, indent=2)
+
+
+def _hold_out(items: list[Item], settings: DatasetSettings, seed: int) -> tuple[list[Item], list[Item]]:
+    """Training and validation pictures of one subset; every subset gives its share."""
+    share = settings.validation_split
+    if share == 0 or not items:
+        return items, []
+    if not 0 <= share <= 1:
+        raise UserError(f"validation_split is {share}", "it must lie between 0 and 1")
+    shuffled = list(items)
+    random.Random(settings.validation_seed if settings.validation_seed is not None else seed).shuffle(shuffled)
+    count = math.ceil(len(shuffled) * (1 - share))
+    held_out = sorted(shuffled[count:], key=lambda item: item.path)
+    for item in held_out:
+        item.repeats = 1
+    return sorted(shuffled[:count], key=lambda item: item.path), held_out
+
+
+def _count_tags(table: dict[str, dict[str, int]], subset: SubsetSettings, items: Iterable[Item]) -> None:
+    assert subset.image_dir is not None
+    counts = Counter(table.setdefault(folder_name(subset.image_dir), {}))
+    for item in items:
+        counts.update(tags_of(item.caption))
+    table[folder_name(subset.image_dir)] = dict(counts)
+
+
+def folder_name(path: str) -> str:
+    """Last part of a folder's path, also where it ends in a slash."""
+    return os.path.basename(os.path.normpath(path))
+
+
+def _listing_notes(folder: str, listing: Listing) -> list[str]:
+    notes = []
+    unread = Counter(
+        suffix for name in listing.others if (suffix := os.path.splitext(name)[1].lower()) in UNREAD_SUFFIXES
+    )
+    if unread:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(unread.items()))
+        notes.append(f"{folder}: {kinds} files are not read: convert them to PNG or JPEG")
+    if listing.pictures:
+        return notes
+    below = [name for name in listing.folders if picture_count(os.path.join(folder, name))]
+    if below:
+        notes.append(f"{folder} holds no pictures, but {os.path.join(folder, below[0])} does: name that as image_dir")
+    else:
+        notes.append(f"{folder} holds no pictures")
+    return notes
+
+
+def _missing_note(subset: SubsetSettings, suffix: str, missing: Sequence[str], listing: Listing) -> str:
+    """What pictures without a caption file get, and the extension that was probably meant."""
+    text = "their caption is empty"
+    if subset.class_tokens is not None:
+        text = f'their caption is "{subset.class_tokens}"'
+    note = f"{subset.image_dir}: {len(missing)} pictures have no {suffix} file ({_some(missing)}), {text}"
+    others = set(listing.others)
+    for other in (".txt", ".caption", ".tags"):
+        count = sum(os.path.splitext(name)[0] + other in others for name in missing)
+        if other != suffix and count:
+            return f"{note}; {count} of them have a {other} file: is caption_extension {other} meant?"
+    return note
+
+
+def _size_notes(items: Iterable[Item], settings: DatasetSettings) -> list[str]:
+    assert settings.resolution is not None
+    if settings.bucket_no_upscale:
+        return []
+    area = settings.resolution[0] * settings.resolution[1]
+    small = [item.path for item in items if item.size[0] * item.size[1] * 4 < area]
+    if not small:
+        return []
+    width, height = settings.resolution
+    return [f"{len(small)} pictures are enlarged more than twice to {width}x{height} ({_some(small)})"]
+
+
+def _unreadable(broken: Sequence[str]) -> UserError:
+    if len(broken) == 1:
+        return UserError(f"cannot read {broken[0]}", "replace or remove the file")
+    return UserError(f"cannot read {len(broken)} files: {_some(broken)}", "replace or remove them")
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
