@@ -6,13 +6,13 @@ import random
 
 import pytest
 import torch
-from conftest import GOLDEN, load_json
 from safetensors.torch import load_file
 
 from library.diffusion import noise, objective
 from library.diffusion.schedule import make_schedule
 from library.diffusion.timesteps import draw_timesteps, validation_timesteps
 from library.options.objective import ObjectiveConfig
+from tests.conftest import GOLDEN, load_json
 
 NOISE_CASES = load_json(GOLDEN / "training_objective.json")["cases"]
 WEIGHTS = load_json(GOLDEN / "training_weights.json")
