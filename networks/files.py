@@ -12,6 +12,7 @@ from torch import Tensor
 from library.messages import UserError, log
 from library.models.checkpoint import is_safetensors_name, open_checkpoint
 from library.models.checkpoint_writer import save_tensors
+from library.models.hashes import network_hashes
 
 # First match wins: (pattern over the keys, what such a file is).
 _FAMILIES = (
@@ -58,9 +59,7 @@ def write_weights(
     tensors = {key: value.detach().to("cpu", dtype or value.dtype) for key, value in state.items()}
     texts = dict(metadata or {})
     if is_safetensors_name(file):
-        from library.models.hashes import precalculate_safetensors_hashes
-
-        texts["sshs_model_hash"], texts["sshs_legacy_hash"] = precalculate_safetensors_hashes(tensors, texts)
+        texts["sshs_model_hash"], texts["sshs_legacy_hash"] = network_hashes(tensors, texts)
     save_tensors(file, tensors, texts)
 
 
