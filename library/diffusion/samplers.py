@@ -7,76 +7,30 @@ Tables stay on the CPU, so that a step reads no number back from a device. Setti
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from library.messages import UserError
+from library.options.registries import SAMPLER_NAMES, SAMPLERS, SamplerRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     import torch
 
-DEFAULT_SAMPLER = "ddim"
+# Known to the set-up though no option offers it.
+_DDPM = SamplerRecord(name="ddpm", scheduler="DDPMScheduler", note="ancestral sampling", noise_draws=1)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplerInfo:
-    """One sampler: diffusers' class and what is set besides the common values.
-
-    Attributes:
-        name: as `--sampler` and `--sample_sampler` take it.
-        scheduler: class name in `diffusers`.
-        settings: constructor arguments of its own.
-        noise_draws: random draws per sampler step, 0 for samplers that draw none.
-    """
-
-    name: str
-    scheduler: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    noise_draws: int = 0
-
-
-def _solver(name: str) -> SamplerInfo:
-    settings = {"algorithm_type": name, "final_sigmas_type": "sigma_min"}
-    return SamplerInfo(name=name, scheduler="DPMSolverMultistepScheduler", settings=settings)
-
-
-_RECORDS = (
-    SamplerInfo(name="ddim", scheduler="DDIMScheduler"),
-    SamplerInfo(name="ddpm", scheduler="DDPMScheduler", noise_draws=1),
-    SamplerInfo(name="pndm", scheduler="PNDMScheduler"),
-    SamplerInfo(name="lms", scheduler="LMSDiscreteScheduler"),
-    SamplerInfo(name="euler", scheduler="EulerDiscreteScheduler"),
-    SamplerInfo(name="euler_a", scheduler="EulerAncestralDiscreteScheduler", noise_draws=1),
-    SamplerInfo(name="heun", scheduler="HeunDiscreteScheduler"),
-    SamplerInfo(name="dpm_2", scheduler="KDPM2DiscreteScheduler"),
-    SamplerInfo(name="dpm_2_a", scheduler="KDPM2AncestralDiscreteScheduler", noise_draws=2),
-    _solver("dpmsolver"),
-    _solver("dpmsolver++"),
-    SamplerInfo(
-        name="dpmsingle",
-        scheduler="DPMSolverSinglestepScheduler",
-        settings={"final_sigmas_type": "sigma_min", "lower_order_final": True},
-    ),
-)
-SAMPLERS: Mapping[str, SamplerInfo] = MappingProxyType({record.name: record for record in _RECORDS})
-ALIASES: Mapping[str, str] = MappingProxyType(
-    {"k_lms": "lms", "k_euler": "euler", "k_euler_a": "euler_a", "k_dpm_2": "dpm_2", "k_dpm_2_a": "dpm_2_a"}
-)
-
-
-def sampler_info(name: str) -> SamplerInfo:
+def sampler_info(name: str) -> SamplerRecord:
     """The record of a sampler, aliases (`k_euler`, ...) included.
 
     Raises:
         UserError: no sampler has this name.
     """
-    known = SAMPLERS.get(ALIASES.get(name, name))
-    if known is None:
-        raise UserError(f"unknown sampler {name!r}", f"choose one of {', '.join([*SAMPLERS, *ALIASES])}")
-    return known
+    for record in (*SAMPLERS, _DDPM):
+        if name in (record.name, *record.aliases):
+            return record
+    raise UserError(f"unknown sampler {name!r}", f"choose one of {', '.join(SAMPLER_NAMES)}")
 
 
 def make_sampler(name: str, *, v_prediction: bool = False) -> Any:

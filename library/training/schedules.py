@@ -132,7 +132,7 @@ def polynomial(
     def factor(step: float) -> float:
         if step > total:
             return lr_end / rate
-        left = 1 - (step - warmup) / (total - warmup)
+        left = 1 - (step - warmup) / max(1, total - warmup)
         return ((rate - lr_end) * left**exponent + lr_end) / rate
 
     return _after_warmup(warmup, factor)
