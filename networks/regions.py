@@ -77,7 +77,7 @@ class RegionalNetwork(AdapterNetwork):
             if h % 2 or w % 2:
                 add(h + h % 2, w + w % 2)
             if ds_ratio is not None:
-                add(int(h * ds_ratio), int(w * ds_ratio))
+                add(max(1, int(h * ds_ratio)), max(1, int(w * ds_ratio)))
             h, w = (h + 1) // 2, (w + 1) // 2
 
     def mask_for(self, x: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def predict(unet: nn.Module, rows: int = 2, size: int = 8, dtype: torch.dtype = 
     generator = torch.Generator().manual_seed(2)
     latents = torch.randn(rows, 4, size, size, generator=generator).to(dtype)
     text = torch.randn(rows, 7, WIDTH, generator=generator).to(dtype)
-    return unet(latents, torch.arange(rows) * 300 + 1, text)[0]
+    return unet(latents, torch.arange(rows) * 300 + 1, text).sample
 
 
 def randomize(network: nn.Module, std: float = 0.05) -> nn.Module:
