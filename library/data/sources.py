@@ -71,7 +71,7 @@ def scan(settings: DatasetSettings, *, seed: int = 0) -> ScanResult:
         raise _unreadable(broken)
     result.num_train_images = sum(item.repeats for item in regular)
     result.num_reg_images = sum(item.repeats for item in regularisation)
-    if 0 < result.num_train_images < result.num_reg_images:
+    if result.num_train_images < result.num_reg_images:
         result.notes.append(
             f"{result.num_reg_images} regularisation pictures for {result.num_train_images} training pictures "
             "(repeats counted): the last ones are not used"
