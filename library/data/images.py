@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from library.data.buckets import Size
+from library.data.listing import picture_suffixes
 from library.messages import UserError
 
 OPENCV_METHODS = {
@@ -42,6 +43,7 @@ def read_image(path: str | os.PathLike[str], *, alpha: bool = False) -> np.ndarr
     Raises:
         UserError: the file cannot be read; it names the file.
     """
+    picture_suffixes()  # teaches Pillow the formats of plug-ins, once a process
     try:
         with Image.open(path) as file:
             pixels = np.asarray(file if file.mode == "RGB" else file.convert("RGB"))

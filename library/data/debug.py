@@ -1,0 +1,89 @@
+"""`--debug_dataset`: says what the batches of one epoch hold, and shows pictures where there is a screen."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+
+from library.messages import log
+
+ESCAPE = 27
+
+
+def debug_dataset(train_dataset: Any, show_input_ids: bool = False) -> None:
+    """Make every batch of epoch 1, say what it holds, and return.
+
+    Where pictures can be shown, each batch waits for a key: `s` next batch, `e` or Escape end.
+
+    Args:
+        train_dataset: a data-set group, or a data set whose items are batches.
+        show_input_ids: say token ids too.
+    """
+    log.info("data set of %d batches", len(train_dataset))
+    train_dataset.set_current_epoch(1)
+    for position in range(len(train_dataset)):
+        train_dataset.set_current_step(position)
+        batch = train_dataset[position]
+        log.info("batch %d: %s", position, _shapes(batch))
+        for line in _pictures(batch, show_input_ids):
+            log.info("  %s", line)
+        if batch.get("images") is not None and _has_screen() and not _show(batch):
+            return
+
+
+def _shapes(batch: dict[str, Any]) -> str:
+    shapes = {name: tuple(value.shape) for name, value in batch.items() if torch.is_tensor(value)}
+    return ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+
+
+def _pictures(batch: dict[str, Any], show_input_ids: bool) -> list[str]:
+    """One line a picture; keys that a foreign data set leaves out are left out here."""
+    lines = []
+    labels = {
+        "loss_weights": "loss weight",
+        "original_sizes_hw": "original size",
+        "crop_top_lefts": "crop",
+        "target_sizes_hw": "target size",
+        "flippeds": "flipped",
+    }
+    for i, caption in enumerate(batch["captions"]):
+        keys = batch.get("image_keys")
+        parts = [str(keys[i])] if keys else []
+        parts.append(f'caption "{caption}"')
+        for name, label in labels.items():
+            values = batch.get(name)
+            if values is not None and hasattr(values, "__len__"):
+                value = values[i]
+                parts.append(f"{label} {value.tolist() if torch.is_tensor(value) else value}")
+        if show_input_ids:
+            for name in ("input_ids", "input_ids2"):
+                if batch.get(name) is not None:
+                    parts.append(f"{name} {batch[name][i].tolist()}")
+        lines.append(", ".join(parts))
+    return lines
+
+
+def _has_screen() -> bool:
+    """OpenCV windows work on Windows alone without further set-up, as in the original."""
+    return os.name == "nt" and sys.stdout.isatty()
+
+
+def _show(batch: dict[str, Any]) -> bool:
+    for picture in batch["images"]:
+        pixels = ((picture.permute(1, 2, 0).numpy() * 0.5 + 0.5) * 255).round().astype(np.uint8)
+        try:
+            cv2.imshow("picture", pixels[..., ::-1])
+            key = cv2.waitKey()
+            cv2.destroyAllWindows()
+        except cv2.error:  # the headless build has no windows
+            return True
+        if key in (ord("e"), ESCAPE):
+            return False
+        if key == ord("s"):
+            break
+    return True
