@@ -182,7 +182,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         start = file.read(16)
     if not start:
         raise UserError(f"{path} is empty", "copy or download the file again")
-    if start.startswith(b"PK\x03\x04") or start.startswith(b"\x80"):
+    if start.startswith((b"PK\x03\x04", b"\x80")):
         return PickleCheckpoint(path)
     return SafetensorsCheckpoint(path)
 
@@ -278,7 +278,10 @@ def _load_weights_only(path: Path, stand_ins: Mapping[str, type]) -> Any:
     earlier = torch.serialization.get_safe_globals()
     torch.serialization.add_safe_globals(list(stand_ins.values()))
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        if zipfile.is_zipfile(path) and path.suffix != ".safetensors":
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with open(path, "rb") as file:  # by its name alone torch would take a .safetensors file for one
+            return torch.load(file, map_location="cpu", weights_only=True)
     finally:
         torch.serialization.clear_safe_globals()
         torch.serialization.add_safe_globals(earlier)
