@@ -74,8 +74,12 @@ class Timesteps(nn.Module):
         return _sinusoids(timesteps, self._cached, self.num_channels)
 
 
-class TimestepEmbedding(nn.Module):
-    """Two linear layers with SiLU between: (B, in_channels) -> (B, time_embed_dim)."""
+class TimeEmbedding(nn.Module):
+    """Two linear layers with SiLU between: (B, in_channels) -> (B, time_embed_dim).
+
+    Not called TimestepEmbedding as elsewhere: LyCORIS 4 takes that class (of another family) and the layers'
+    names as two targets and stops on the duplicate.
+    """
 
     def __init__(self, in_channels: int, time_embed_dim: int) -> None:
         super().__init__()

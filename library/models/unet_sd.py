@@ -19,7 +19,7 @@ from library.models.layers import (
     Downsample2D,
     ResnetBlock2D,
     SampleOutput,
-    TimestepEmbedding,
+    TimeEmbedding,
     Timesteps,
     Transformer2DModel,
     Upsample2D,
@@ -459,7 +459,7 @@ class UNet2DConditionModel(nn.Module):
         first = block_out_channels[0]
         self.conv_in = nn.Conv2d(in_channels, first, 3, padding=1)
         self.time_proj = Timesteps(first)
-        self.time_embedding = TimestepEmbedding(first, self.config.time_embed_dim)
+        self.time_embedding = TimeEmbedding(first, self.config.time_embed_dim)
         self.down_blocks = nn.ModuleList(_down_blocks(self.config))
         self.up_blocks = nn.ModuleList(_up_blocks(self.config))
         self.mid_block = UNetMidBlock2DCrossAttn(
