@@ -5,6 +5,8 @@ Sizes are (width, height). Where the original drew from Python's global generato
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import os
 import random
 from collections.abc import Sequence
@@ -15,6 +17,7 @@ import torch
 
 from library.data import images, latents_file
 from library.data.buckets import BucketRule, Size, bucket_sizes, crop_ltrb
+from library.data.debug import debug_dataset as debug_dataset
 from library.data.latents_file import CachedLatents
 from library.data.listing import picture_suffixes
 from library.messages import UserError, log
@@ -278,3 +281,53 @@ def cache_batch_latents(
             )
         else:
             info.latents, info.latents_flipped, info.alpha_mask = latents[i], mirrored, masks[i]
+
+
+def load_foreign_dataset(
+    name: str,
+    *,
+    tokenizer: Any,
+    max_token_length: int | None = None,
+    resolution: Size | None = None,
+    debug_dataset: bool = False,
+) -> Any:
+    """Make the data set that `--dataset_class` names; it stands in for the group.
+
+    The constructor gets what its parameters name, or all four in the order of the arguments here.
+
+    Args:
+        name: `package.module.Class`, importable.
+        tokenizer: one, or a list of two.
+        resolution: (width, height).
+
+    Raises:
+        UserError: no such module or class, or it is no data set.
+    """
+    module, _, class_name = name.rpartition(".")
+    if not module:
+        raise UserError(f"--dataset_class {name} has no module", "give package.module.Class")
+    try:
+        made = getattr(importlib.import_module(module), class_name)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--dataset_class {name}: {error}", "run from the folder that holds it, or set PYTHONPATH"
+        ) from error
+    except AttributeError as error:
+        raise UserError(f"--dataset_class {name}: {module} has no {class_name}", "check the name") from error
+    values = {
+        "tokenizer": tokenizer,
+        "max_token_length": max_token_length,
+        "resolution": resolution,
+        "debug_dataset": debug_dataset,
+    }
+    parameters = inspect.signature(made).parameters
+    named = {key: value for key, value in values.items() if key in parameters}
+    if "network_multiplier" in parameters and parameters["network_multiplier"].default is inspect.Parameter.empty:
+        named["network_multiplier"] = 1.0
+    dataset = made(**named) if "resolution" in named else made(*values.values())
+    if not hasattr(dataset, "batch"):
+        raise UserError(
+            f"--dataset_class {name} is not derived from MinimalDataset",
+            "derive it from library.train_util.MinimalDataset",
+        )
+    return dataset

@@ -6,15 +6,13 @@ The program itself builds `library.data.dataset.Dataset` from resolved settings;
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from library.data.buckets import Buckets, Size
-from library.data.classic import ImageInfo, image_transforms
+from library.data.classic import ImageInfo, image_transforms, load_foreign_dataset
 from library.data.dataset import Dataset
 from library.data.plan import EpochPlan, PlannedBatch, make_plan
 from library.data.records import DatasetSettings, Item, ScanResult, SubsetSettings
@@ -431,59 +429,9 @@ class MinimalDataset(BaseDataset):
         """A subclass that tokenizes may handle tokens per layer."""
 
 
-def load_dataset_class(
-    name: str,
-    *,
-    tokenizer: Any,
-    max_token_length: int | None = None,
-    resolution: Size | None = None,
-    debug_dataset: bool = False,
-) -> BaseDataset:
-    """Make the data set that `--dataset_class` names; it stands in for the group.
-
-    The constructor gets what its parameters name, or all four in the order of the arguments here.
-
-    Args:
-        name: `package.module.Class`, importable.
-        tokenizer: one, or a list of two.
-        resolution: (width, height).
-
-    Raises:
-        UserError: no such module or class, or it is no data set.
-    """
-    module, _, class_name = name.rpartition(".")
-    if not module:
-        raise UserError(f"--dataset_class {name} has no module", "give package.module.Class")
-    try:
-        made = getattr(importlib.import_module(module), class_name)
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"--dataset_class {name}: {error}", "run from the folder that holds it, or set PYTHONPATH"
-        ) from error
-    except AttributeError as error:
-        raise UserError(f"--dataset_class {name}: {module} has no {class_name}", "check the name") from error
-    values = {
-        "tokenizer": tokenizer,
-        "max_token_length": max_token_length,
-        "resolution": resolution,
-        "debug_dataset": debug_dataset,
-    }
-    parameters = inspect.signature(made).parameters
-    named = {key: value for key, value in values.items() if key in parameters}
-    if "network_multiplier" in parameters and parameters["network_multiplier"].default is inspect.Parameter.empty:
-        named["network_multiplier"] = 1.0
-    dataset = made(**named) if "resolution" in named else made(*values.values())
-    if not hasattr(dataset, "batch"):
-        raise UserError(
-            f"--dataset_class {name} is not derived from MinimalDataset",
-            "derive it from library.train_util.MinimalDataset",
-        )
-    return dataset
-
-
-def load_arbitrary_dataset(args: Any, tokenizer: Any = None) -> BaseDataset:
-    """The same from a namespace with `dataset_class`, `max_token_length`, `resolution` and `debug_dataset`."""
-    return load_dataset_class(
+def load_arbitrary_dataset(args: Any, tokenizer: Any = None) -> Any:
+    """The data set that `--dataset_class` names, from a namespace with `dataset_class`, `max_token_length`, `resolution` and `debug_dataset`."""
+    return load_foreign_dataset(
         args.dataset_class,
         tokenizer=tokenizer,
         max_token_length=getattr(args, "max_token_length", None),
