@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,6 +35,7 @@ class Engine:
         max_chunks: chunks of 75 tokens that a prompt may fill.
         networks: applied networks, for their multipliers.
         vae_batch_size: pictures that the VAE decodes at once: a number, a share of the batch below 1, None for all.
+        facts: about the run, for the metadata of every picture.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Engine:
         max_chunks: int = 1,
         networks: Networks | None = None,
         vae_batch_size: float | None = None,
+        facts: Mapping[str, str] | None = None,
     ) -> None:
         self.family = family
         self.model = model
@@ -58,11 +60,17 @@ class Engine:
         self.clip_skip = clip_skip
         self.networks = networks or Networks()
         self.vae_batch_size = vae_batch_size
+        self._facts = dict(facts or {})
         self.reader = PromptReader(model.tokenizers, max_chunks)
 
     def batch_key(self, request: ImageRequest) -> Hashable:
         """What requests must have in common to be drawn in one batch, the length of their text included."""
         return (request.batch_key, self.reader.chunk_count(_texts(request)))
+
+    def facts(self, request: ImageRequest) -> dict[str, str]:
+        """What the picture's metadata say besides the request: model, networks with their multipliers."""
+        networks = self.networks.description(request.network_multipliers)
+        return {**self._facts, "networks": networks} if networks else dict(self._facts)
 
     def check(self, request: ImageRequest) -> None:
         """Refuse a request that this model cannot draw.

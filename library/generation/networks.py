@@ -42,23 +42,43 @@ class Networks:
 
     Args:
         applied: in the order of the command line.
+        merged: what was merged into the model, for descriptions.
         pre_calculated: their weights are added to the model before each batch and taken back before the next one.
     """
 
-    def __init__(self, applied: Sequence[AppliedNetwork] = (), *, pre_calculated: bool = False) -> None:
+    def __init__(
+        self,
+        applied: Sequence[AppliedNetwork] = (),
+        *,
+        merged: Sequence[NetworkSpec] = (),
+        pre_calculated: bool = False,
+    ) -> None:
         self.applied = list(applied)
+        self.merged = list(merged)
         self.pre_calculated = pre_calculated
 
-    def prepare_batch(self, multipliers: Sequence[float] | None) -> None:
-        """Set the multipliers of a batch; a list shorter than the networks goes on with its last value."""
-        for index, one in enumerate(self.applied):
-            value = multipliers[min(index, len(multipliers) - 1)] if multipliers else one.multiplier
-            one.network.set_multiplier(value)
+    def multipliers(self, given: Sequence[float] | None) -> list[float]:
+        """One multiplier per applied network; a given list that is too short goes on with its last value."""
+        if not given:
+            return [one.multiplier for one in self.applied]
+        return [given[min(index, len(given) - 1)] for index in range(len(self.applied))]
+
+    def prepare_batch(self, given: Sequence[float] | None) -> None:
+        """Set the multipliers of a batch."""
+        for one, multiplier in zip(self.applied, self.multipliers(given), strict=True):
+            one.network.set_multiplier(multiplier)
         if self.pre_calculated:
             for one in self.applied:
                 one.network.restore_weights()
             for one in self.applied:
                 one.network.pre_calculation()
+
+    def description(self, given: Sequence[float] | None) -> str:
+        """Names and multipliers of all networks of a picture: `style:0.8, face:1.0`."""
+        merged = [f"{Path(spec.weights).stem}:{spec.multiplier}" for spec in self.merged]
+        multipliers = self.multipliers(given)
+        applied = [f"{one.name}:{value}" for one, value in zip(self.applied, multipliers, strict=True)]
+        return ", ".join([*merged, *applied])
 
 
 def network_specs(
@@ -113,11 +133,12 @@ def load_networks(
     Raises:
         UserError: module or file not there, or a network that lacks what was asked for.
     """
-    applied = []
+    applied, merged = [], []
     for index, spec in enumerate(specs):
         network, weights = _create(spec, model)
         if index < merge_first and _is_mergeable(network, spec):
             network.merge_to(_encoders(model), model.unet, weights, dtype, device)
+            merged.append(spec)
             log.info(f"network merged: {spec.weights}, multiplier {spec.multiplier}")
             continue
         _apply(network, weights, model, spec.weights, device=device, dtype=dtype, channels_last=channels_last)
@@ -128,7 +149,19 @@ def load_networks(
             if not hasattr(one.network, "backup_weights"):
                 raise UserError(f"network {one.name} cannot be pre-calculated", "leave out --network_pre_calc")
             one.network.backup_weights()
-    return Networks(applied, pre_calculated=pre_calculate)
+    return Networks(applied, merged=merged, pre_calculated=pre_calculate)
+
+
+def check_networks(specs: Sequence[NetworkSpec]) -> None:
+    """Refuse modules and files that are not there, before a model is opened.
+
+    Raises:
+        UserError: the first one.
+    """
+    for spec in specs:
+        _module(spec.module)
+        if not Path(spec.weights).is_file():
+            raise UserError(f"network weights {spec.weights} not found", "check --network_weights")
 
 
 def show_metadata(specs: Sequence[NetworkSpec]) -> None:
@@ -156,10 +189,7 @@ def _module(path: str) -> ModuleType:
 
 
 def _create(spec: NetworkSpec, model: LoadedModel) -> tuple[Any, dict[str, torch.Tensor]]:
-    module = _module(spec.module)
-    if not Path(spec.weights).is_file():
-        raise UserError(f"network weights {spec.weights} not found", "check --network_weights")
-    created = module.create_network_from_weights(
+    created = _module(spec.module).create_network_from_weights(
         spec.multiplier,
         spec.weights,
         model.vae,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.generation.request import ImageRequest
+from library.messages import UserError
 from library.runtime.files import atomic_path
 
 if TYPE_CHECKING:
@@ -34,7 +35,10 @@ class OutputFolder:
 
     def __init__(self, folder: str | Path, *, sequential: bool = False) -> None:
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"folder {folder} cannot be made ({error.strerror})", "check --outdir") from error
         self.sequential = sequential
         self._last = max((int(match[1]) for match in map(_SEQUENTIAL.fullmatch, self._names()) if match), default=0)
 
