@@ -1,6 +1,6 @@
 """Puts pictures side by side: what the model drew without the LoRA, and what it draws with it.
 
-    python examples/quickstart/compare.py --before FOLDER --after FOLDER --prompts prompts.txt --output before_after.png
+python examples/quickstart/compare.py --before FOLDER --after FOLDER --prompts prompts.txt --output before_after.png
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Draws the 12 captioned pictures of `pictures/` that teach the demo's LoRA a heart.
 
-    python examples/quickstart/make_pictures.py
+python examples/quickstart/make_pictures.py
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ The replay of recorded runs hands the loop a subclass that returns recorded draw
 from __future__ import annotations
 
 import random
+import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,14 @@ class Draws:
     def posterior(self, place: Place, distribution: Any) -> torch.Tensor:
         """A sample of the VAE's posterior, (B, 4, h, w)."""
         return distribution.sample(self.generator("vae", place))
+
+    def cached_posterior(self, distribution: Any, images: torch.Tensor) -> torch.Tensor:
+        """One sample per picture for the latent cache, each a function of seed and picture (B, 3, H, W)."""
+        shape = distribution.mean.shape[1:]
+        # every eighth pixel tells pictures apart well enough, and a hash of all of them would cost more than the VAE
+        keys = [zlib.crc32(image[:, ::8, ::8].contiguous().numpy()) for image in images.cpu()]
+        rows = [torch.randn(shape, generator=stream(self.seed, "latent cache", item=key)) for key in keys]
+        return distribution.mean + distribution.std * torch.stack(rows).to(distribution.mean)
 
     def noise(self, place: Place, latents: torch.Tensor, config: ObjectiveConfig) -> torch.Tensor:
         """Noise of the latents' shape, offset and pyramid noise included."""

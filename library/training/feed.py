@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from library.data.loader import make_loader
-from library.data.plan import EpochPlan, make_plan
 from library.training.draws import Place
 
 if TYPE_CHECKING:
     from library.data.batch import Batch
+    from library.data.plan import EpochPlan
     from library.runtime.processes import Processes
 
 
@@ -51,7 +51,7 @@ class DataFeed:
         self.plan = lru_cache(maxsize=2)(self._make_plan)
 
     def _make_plan(self, epoch: int) -> EpochPlan:
-        return make_plan(self.group.datasets, seed=self.seed, epoch=epoch, processes=self.processes.count)
+        return self.group.plan(self.seed, epoch, self.processes.count)
 
     @property
     def batches_per_epoch(self) -> int:

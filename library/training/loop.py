@@ -29,6 +29,7 @@ def train(run: Run) -> None:
         UserError: a loss or gradient was not finite; the state before that update was saved.
     """
     run.samples.before_training(run)
+    run.log.open(run)
     with InterruptFlag() as interrupt:
         while run.position.step < run.max_steps:
             train_epoch(run, interrupt)

@@ -1,4 +1,4 @@
-"""Sample pictures while training: when, and by which engine."""
+"""Sample pictures while training: when, and the call of the generation engine."""
 
 from __future__ import annotations
 
@@ -14,45 +14,56 @@ if TYPE_CHECKING:
 
 
 class SamplePictures:
-    """Decides whether a step or epoch is one for pictures and has them drawn by the generation engine.
+    """Decides whether a step or epoch is one for pictures and has them drawn.
 
     Args:
-        config: the sampling options; read through `live` where a hook may change them.
-        live: the caller's namespace, or None.
+        config: the sampling options.
         folder: `output_dir`; pictures go to `sample/` in it.
         name: `output_name` or None.
-        hooks: when given, a trainer's `sample_images` is called instead, at every step if it is overridden.
+        live: the caller's namespace, where a hook may change the options while the run goes.
+        hooks: of a trainer, whose `sample_images` is called at every step when it is overridden.
+        clip_skip, seed: as for the training.
     """
 
     def __init__(
-        self, config: SamplesConfig, *, live: Any, folder: Path, name: str | None, seed: int, hooks: Hooks | None
+        self,
+        config: SamplesConfig,
+        *,
+        folder: Path,
+        name: str | None,
+        live: Any = None,
+        hooks: Hooks | None = None,
+        clip_skip: int | None = None,
+        seed: int = 0,
     ) -> None:
         self.config = config
-        self.live = live if live is not None else config
+        self.live = config if live is None else live
         self.folder = folder
         self.name = name
-        self.seed = seed
         self.hooks = hooks
+        self.clip_skip = clip_skip
+        self.seed = seed
 
     def before_training(self, run: Run) -> None:
         if self.config.sample_at_first and run.position.step == 0:
-            self._draw(run, epoch=0)
+            self._draw(run, 0)
 
     def after_update(self, run: Run) -> None:
-        if self._overridden() or self._due(None, run.position.step):
-            self._call(run, None)
+        self._after(run, None)
 
     def after_epoch(self, run: Run, epoch: int) -> None:
-        if self._overridden() or self._due(epoch, run.position.step):
-            self._call(run, epoch)
+        self._after(run, epoch)
 
     def draw_if_due(self, run: Run, epoch: int | None, step: int) -> None:
         """What a trainer's base `sample_images` does."""
-        if self._due(epoch, step) or (epoch == 0 and self.config.sample_at_first):
+        if self._due(epoch, step):
             self._draw(run, epoch)
 
-    def _overridden(self) -> bool:
-        return self.hooks is not None and self.hooks.overridden("sample_images")
+    def _after(self, run: Run, epoch: int | None) -> None:
+        if self.hooks is not None and self.hooks.overridden("sample_images"):
+            self._call_hook(run, epoch)
+        else:
+            self.draw_if_due(run, epoch, run.position.step)
 
     def _due(self, epoch: int | None, step: int) -> bool:
         """With `sample_every_n_epochs` only epoch ends count; else every n-th update."""
@@ -61,23 +72,13 @@ class SamplePictures:
             return epoch is not None and epoch % every_epochs == 0
         return bool(every_steps) and epoch is None and step % every_steps == 0
 
-    def _call(self, run: Run, epoch: int | None) -> None:
-        if self.hooks is None:
-            self._draw(run, epoch)
-            return
-        model, target = run.target.model, run.target
+    def _call_hook(self, run: Run, epoch: int | None) -> None:
+        assert self.hooks is not None
+        model, accelerator = run.target.model, run.processes.accelerator
         encoders = model.text_encoders if len(model.text_encoders) > 1 else model.text_encoders[0]
-        accelerator = run.processes.accelerator
+        step, device = run.position.step, run.processes.device
         self.hooks.sample_images(
-            accelerator,
-            target.args,  # type: ignore[attr-defined]
-            epoch,
-            run.position.step,
-            accelerator.device,
-            model.vae,
-            model.tokenizers,
-            encoders,
-            model.unet,
+            accelerator, self.live, epoch, step, device, model.vae, model.tokenizers, encoders, model.unet
         )
 
     def _draw(self, run: Run, epoch: int | None) -> None:
@@ -85,6 +86,30 @@ class SamplePictures:
         if not path or not Path(path).is_file():
             log.warning("no sample pictures: there is no prompt file %s", path)
             return
-        from library.generation.sampling import draw_samples, read_prompts
+        if run.processes.is_main:
+            self._draw_file(run, Path(path), epoch)
+        run.processes.barrier()
 
-        draw_samples(run, read_prompts(Path(path)), epoch)
+    def _draw_file(self, run: Run, path: Path, epoch: int | None) -> None:
+        from library.generation.sampling import draw_samples, read_prompts
+        from library.runtime.precision import weight_dtype
+        from library.training.optimizers import set_training
+
+        run.log.flush(run)
+        set_training(run.optimizer, False)
+        draw_samples(
+            run.target.family,
+            run.target.model,
+            read_prompts(path),
+            output_dir=self.folder,
+            output_name=self.name,
+            epoch=epoch,
+            step=run.position.step,
+            sampler=self.config.sample_sampler,
+            clip_skip=self.clip_skip,
+            device=run.processes.device,
+            autocast_dtype=weight_dtype(run.processes.accelerator.mixed_precision),
+            seed=self.seed,
+            modules=run.target.extra_modules(),
+        )
+        set_training(run.optimizer, True)

@@ -1,6 +1,6 @@
 """Draws the captioned pictures that the base model is trained on.
 
-    python examples/quickstart/make_model/draw_pictures.py --output pictures/1_shapes --count 5120
+python examples/quickstart/make_model/draw_pictures.py --output pictures/1_shapes --count 5120
 """
 
 from __future__ import annotations

@@ -78,6 +78,9 @@ class NetworkTarget(Target):
         parts = ["textencoder"] * self.trains_text + ["unet"] * self.trains_unet
         return parts if count == len(parts) else [f"group{i}" for i in range(count)]
 
+    def extra_modules(self) -> list[torch.nn.Module]:
+        return [self.network]
+
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         return list(self.network.get_trainable_params())
 

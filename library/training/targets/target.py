@@ -76,6 +76,10 @@ class Target(ABC):
         """Average gradients over processes; the models carry no wrapper of their own."""
         processes.all_reduce_gradients(self.trainable_parameters())
 
+    def extra_modules(self) -> list[torch.nn.Module]:
+        """Modules outside the model that take part in drawing sample pictures."""
+        return []
+
     def on_epoch_start(self, epoch: int) -> None:
         """Epoch (1-based) begins."""
 

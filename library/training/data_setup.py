@@ -1,0 +1,95 @@
+"""The data set group of a run: settings, scan, tokenising, latent cache."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from library.data import sources
+from library.data.cache import cache_latents
+from library.data.config import parse_resolution, resolve_datasets
+from library.data.config_schema import Support
+from library.data.dataset import DatasetGroup, build_group
+from library.data.latents_file import fingerprint
+from library.messages import UserError, log
+from library.runtime.processes import Processes
+from library.training.caption_tokens import CaptionTokens
+from library.training.draws import Draws
+from library.training.model_setup import CacheEncoder
+
+if TYPE_CHECKING:
+    from library.models.family import Family, LoadedModel
+    from library.options.parser import Resolved
+
+NETWORK_SUPPORT = Support(dreambooth=True, finetuning=True, controlnet=False, dropout=True)
+
+
+def build_data(options: Resolved, support: Support, tokenizers: list[Any], seed: int) -> DatasetGroup:
+    """Scan the folders that the options name and make the group.
+
+    Raises:
+        UserError: nothing found, or a setting, picture or caption that cannot be used.
+    """
+    if options.dataset.dataset_class:
+        return foreign_group(options, tokenizers)
+    settings = resolve_datasets(options.dataset, support=support, max_token_length=options.model.max_token_length)
+    scans = [sources.scan(one, seed=seed) for one in settings]
+    for note in [note for result in scans for note in result.notes]:
+        log.info("%s", note)
+    sources.require_pictures(settings, scans)
+    tokenize = CaptionTokens(tokenizers, options.model.max_token_length)
+    return build_group(settings, scans, tokenize=tokenize, seed=seed)
+
+
+def foreign_group(options: Resolved, tokenizers: list[Any]) -> DatasetGroup:
+    """The data set of `--dataset_class`, which makes whole batches itself."""
+    from library.data.classic import load_foreign_dataset
+
+    tokenizer = tokenizers if len(tokenizers) > 1 else tokenizers[0]
+    return DatasetGroup(
+        [
+            load_foreign_dataset(
+                options.dataset.dataset_class,
+                tokenizer=tokenizer,
+                max_token_length=options.model.max_token_length,
+                resolution=parse_resolution(options.dataset.resolution),
+                debug_dataset=options.dataset.debug_dataset,
+            )
+        ]
+    )
+
+
+def cache_group_latents(
+    group: DatasetGroup,
+    options: Resolved,
+    family: Family,
+    model: LoadedModel,
+    draws: Draws,
+    processes: Processes,
+    vae_dtype: torch.dtype,
+) -> None:
+    """Encode every picture once, before the first step, and send the VAE back."""
+    config = options.dataset
+    if not group.is_latent_cacheable():
+        raise UserError("--cache_latents with --color_aug or --random_crop", "leave one of them out")
+    model.vae.to(processes.device, vae_dtype)
+    encoder = CacheEncoder(model.vae, draws, processes.device)
+    cache_latents(
+        group.datasets,
+        encoder,
+        batch_size=config.vae_batch_size,
+        to_disk=config.cache_latents_to_disk,
+        skip_check=config.skip_cache_check,
+        family=family.name,
+        vae=fingerprint(model.vae),
+        dtype=str(vae_dtype).removeprefix("torch."),
+        encode_exact=encoder.exact if vae_dtype != torch.float32 else None,
+        rank=processes.rank,
+        processes=processes.count,
+        wait=processes.barrier,
+    )
+    for dataset in group.datasets:
+        if hasattr(dataset, "cache_latents") and not hasattr(dataset, "memory_latents"):
+            dataset.cache_latents(model.vae, config.vae_batch_size, config.cache_latents_to_disk, processes.is_main)
+    model.vae.to("cpu")

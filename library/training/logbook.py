@@ -1,0 +1,145 @@
+"""Collects what steps log and writes it in bulk, so that a step itself reads nothing from the device.
+
+Losses and norms stay tensors until the book is flushed: every `FLUSH_EVERY` updates, at the end of an epoch, and
+before anything is saved. Each value is then logged under its own step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from library.messages import Progress, log
+from library.training.metrics import LossRecorder, step_logs
+
+if TYPE_CHECKING:
+    from library.training.hooks import Hooks
+    from library.training.run import Run
+
+FLUSH_EVERY = 10
+
+
+@dataclass(slots=True)
+class Entry:
+    """One micro-step; `values` may hold device tensors."""
+
+    epoch: int
+    micro: int
+    step: int
+    loss: torch.Tensor
+    rates: list[float]
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+class LogBook:
+    """Loss average, trackers and the progress bar of a run.
+
+    Args:
+        total: updates of the whole run.
+        pictures_per_update: over all processes, for the speed shown.
+        group_names: one per optimizer group.
+        log_to: `log(values, step)` of the active trackers, or None.
+        hooks, args: a trainer's hooks and its live namespace, where there is one.
+    """
+
+    def __init__(
+        self,
+        *,
+        total: int,
+        pictures_per_update: int,
+        group_names: list[str],
+        log_to: Any = None,
+        hooks: Hooks | None = None,
+        args: Any = None,
+    ) -> None:
+        self.recorder = LossRecorder()
+        self.group_names = group_names
+        self.log_to = log_to
+        self.hooks = hooks
+        self.args = args
+        self.entries: list[Entry] = []
+        self.total = total
+        self.pictures_per_update = pictures_per_update
+        self.bar: Progress | None = None
+
+    def micro_step(self, run: Run, loss: torch.Tensor, values: dict[str, Any]) -> None:
+        """Note one micro-step, after its update if it made one."""
+        position = run.position
+        rates = run.lr_schedule.get_last_lr()
+        self.entries.append(Entry(position.epoch, position.micro - 1, position.step, loss, rates, values))
+        if self._calls_hook() or len(self.entries) >= FLUSH_EVERY * run.accumulation:
+            self.flush(run)
+
+    def flush(self, run: Run) -> None:
+        """Fetch everything noted so far in one read and log it."""
+        entries, self.entries = self.entries, []
+        if not entries:
+            return
+        losses = run.processes.reduce_mean(torch.stack([entry.loss.float() for entry in entries])).tolist()
+        for entry, loss in zip(entries, losses, strict=True):
+            self.recorder.add(epoch=entry.epoch - 1, step=entry.micro, loss=loss)
+            if run.processes.is_main:
+                self._log(run, entry, loss)
+        self._show(run)
+
+    def _calls_hook(self) -> bool:
+        return self.hooks is not None and (
+            self.hooks.overridden("generate_step_logs") or self.hooks.overridden("step_logging")
+        )
+
+    def _log(self, run: Run, entry: Entry, loss: float) -> None:
+        # read live: hooks may switch logging on while the run goes
+        if self.log_to is None and not getattr(self.args, "logging_dir", None):
+            return
+        values = {k: v.item() if torch.is_tensor(v) else v for k, v in entry.values.items()}
+        average = self.recorder.moving_average
+        if self._calls_hook():
+            assert self.hooks is not None
+            logs = self.hooks.step_logs(
+                args=self.args,
+                current_loss=loss,
+                avr_loss=average,
+                lr_scheduler=run.lr_schedule,
+                lr_descriptions=self.group_names,
+                optimizer=run.optimizer,
+                mean_grad_norm=None,
+                mean_combined_norm=None,
+                **{key: values.get(key) for key in ("keys_scaled", "mean_norm", "maximum_norm")},
+            )
+            self.hooks.call("step_logging", run.processes.accelerator, logs, entry.step, entry.epoch)
+            return
+        logs = step_logs(loss, average, entry.rates, self.group_names, optimizer=run.optimizer, **values)
+        self.log_to(logs, entry.step)
+
+    def open(self, run: Run) -> None:
+        """Show the progress from here on."""
+        self.bar = Progress(self.total, "steps", initial=run.position.step)
+        self.bar.__enter__()
+
+    def _show(self, run: Run) -> None:
+        if self.bar is not None and run.position.step > self.bar.done:
+            shown = {"loss": self.recorder.moving_average, "pictures/s": self.bar.rate * self.pictures_per_update}
+            self.bar.update(run.position.step - self.bar.done, **shown)
+
+    def end_of_epoch(self, run: Run) -> None:
+        """Flush, and log the epoch's mean loss under its number."""
+        self.flush(run)
+        epoch, loss = run.position.epoch, self.recorder.moving_average
+        if run.processes.is_main and self.log_to is not None:
+            self.log_to({"loss/epoch": loss, "epoch": epoch}, epoch)
+        log.debug("epoch %d: loss %.4g", epoch, loss)
+
+    def close(self, run: Run) -> None:
+        self.flush(run)
+        if self.bar is not None:
+            self.bar.__exit__(None, None, None)
+            self.bar = None
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs to go on with the same averages."""
+        return self.recorder.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.recorder.load_state(state)

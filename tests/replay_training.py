@@ -1,0 +1,281 @@
+"""Replays a recorded training run: the recorded batches and draws go through the real loop, and every recorded
+quantity is compared (format: tests/reference/README.md)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from library.data.plan import EpochPlan, PlannedBatch
+from library.training.draws import Draws, Place
+from library.training.feed import DataFeed
+from library.training.network_trainer import NetworkTrainer
+
+REFERENCE = Path(__file__).parent / "reference"
+# tests/reference/README.md, section 5
+LIMITS = {"prediction": 1e-4, "loss": 2e-5, "grad_norm": 1e-4, "latents": 1e-4, "noisy_latents": 1e-4, "text": 1e-4}
+FINAL_CLOSE, FINAL_SHARE = 2e-5, 0.998
+
+
+@dataclass
+class Comparison:
+    """Largest relative error per quantity, and everything that is simply different."""
+
+    case: str
+    errors: dict[str, float] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+    def compare(self, quantity: str, ours: torch.Tensor, recorded: torch.Tensor, what: str) -> None:
+        if ours.shape != recorded.shape:
+            self.faults.append(f"{what}: shape {tuple(ours.shape)}, recorded {tuple(recorded.shape)}")
+            return
+        recorded = recorded.float()
+        error = (ours.detach().float().cpu() - recorded).abs().max() / recorded.abs().max().clamp(min=1e-12)
+        self.errors[quantity] = max(self.errors.get(quantity, 0.0), error.item())
+
+    @property
+    def passed(self) -> bool:
+        return not self.faults and all(error <= LIMITS.get(name, 1.0) for name, error in self.errors.items())
+
+    def line(self) -> str:
+        errors = "  ".join(f"{name} {error:.1e}" for name, error in sorted(self.errors.items()))
+        return f"{'ok  ' if self.passed else 'FAIL'} {self.case}: {errors}" + "".join(
+            f"\n     {f}" for f in self.faults
+        )
+
+
+class RecordedDraws(Draws):
+    """Draws from a trace instead of from streams."""
+
+    def __init__(self, trace: dict[str, torch.Tensor], steps: dict[Place, int]) -> None:
+        super().__init__(0, torch.device("cpu"))
+        self.trace = trace
+        self.steps = steps
+        self.pictures: dict[str, torch.Tensor] = {}
+
+    def _recorded(self, place: Place, key: str) -> torch.Tensor:
+        return self.trace[f"step{self.steps[place]}.{key}"]
+
+    def posterior(self, place: Place, distribution: Any) -> torch.Tensor:
+        return distribution.mean + distribution.std * self._recorded(place, "vae_noise")
+
+    def cached_posterior(self, distribution: Any, images: torch.Tensor) -> torch.Tensor:
+        names = [next(name for name, picture in self.pictures.items() if same(picture, image)) for image in images]
+        noise = [self.trace[f"cache.vae_noise.{name}"].reshape(distribution.mean.shape[1:]) for name in names]
+        return distribution.mean + distribution.std * torch.stack(noise)
+
+    def noise(self, place: Place, latents: torch.Tensor, config: Any) -> torch.Tensor:
+        return self._recorded(place, "noise")
+
+    def timesteps(self, place: Place, count: int, config: Any) -> torch.Tensor:
+        return self._recorded(place, "timesteps").long()
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)
+
+
+class RecordedFeed(DataFeed):
+    """Recorded batches in recorded order, made by the real data set."""
+
+    batches_of: list[list[PlannedBatch]]
+
+    def _make_plan(self, epoch: int) -> EpochPlan:
+        return EpochPlan(epoch=epoch, seed=self.seed, batches=(tuple(self.batches_of[epoch - 1]),))
+
+
+class ReplayTrainer(NetworkTrainer):
+    """Compares what passes through the hooks."""
+
+    def __init__(self, trace: dict[str, torch.Tensor], result: Comparison) -> None:
+        super().__init__()
+        self.trace = trace
+        self.result = result
+        self.micro = -1
+
+    def on_step_start(self, *arguments: Any, **__: Any) -> None:
+        self.micro += 1
+        batch = arguments[5]
+        if f"step{self.micro}.input_ids" in self.trace:
+            recorded = self.trace[f"step{self.micro}.input_ids"]
+            if not torch.equal(batch["input_ids"], recorded):
+                self.result.faults.append(f"step {self.micro}: token ids differ")
+
+    def get_text_cond(self, *arguments: Any) -> Any:
+        text = super().get_text_cond(*arguments)
+        self._text(text)
+        return text
+
+    def weighted_text_cond(self, captions: list[str], weight_dtype: torch.dtype) -> Any:
+        text = super().weighted_text_cond(captions, weight_dtype)
+        self._text(text)
+        return text
+
+    def _text(self, text: torch.Tensor) -> None:
+        key = f"step{self.micro}.text_hidden"
+        if key in self.trace:
+            self.result.compare("text", text, self.trace[key], key)
+
+    def call_unet(self, args: Any, accelerator: Any, unet: Any, noisy_latents: torch.Tensor, *rest: Any) -> Any:
+        key = f"step{self.micro}.noisy_latents"
+        self.result.compare("noisy_latents", noisy_latents, self.trace[key], key)
+        prediction = super().call_unet(args, accelerator, unet, noisy_latents, *rest)
+        key = f"step{self.micro}.prediction"
+        self.result.compare("prediction", prediction, self.trace[key], key)
+        return prediction
+
+    def post_process_loss(self, loss: torch.Tensor, *_: Any) -> torch.Tensor:
+        key = f"step{self.micro}.loss_per_sample_weighted"
+        self.result.compare("loss", loss, self.trace[key], key)
+        self.result.compare("loss", loss.mean().reshape(1), self.trace[f"step{self.micro}.loss"], "loss")
+        return loss
+
+
+@contextmanager
+def working_folder(folder: Path, model: Path):
+    """A folder with the data and model under the names that recorded command lines use."""
+    (folder / "models").mkdir(parents=True, exist_ok=True)
+    shutil.copytree(REFERENCE / "data", folder / "data", dirs_exist_ok=True)
+    if not (folder / "models" / model.name).exists():
+        os.link(model, folder / "models" / model.name)
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def epochs_of(steps: list[dict[str, Any]], pictures: int) -> list[list[dict[str, Any]]]:
+    """Recorded micro-steps, split where every picture was seen."""
+    epochs: list[list[dict[str, Any]]] = [[]]
+    seen = 0
+    for step in steps:
+        if seen >= pictures:
+            epochs.append([])
+            seen = 0
+        epochs[-1].append(step)
+        seen += len(step["image_files"])
+    return epochs
+
+
+def replay_case(folder: Path, model: Path, scratch: Path) -> Comparison:
+    """Run one recorded case.
+
+    Args:
+        folder: with case.json, trace.safetensors, initial.safetensors, final.safetensors.
+        model: the unpacked model file.
+        scratch: an empty folder to work in.
+    """
+    case = json.loads((folder / "case.json").read_text(encoding="utf-8"))
+    result = Comparison(case["case"])
+    trace = load_file(folder / "trace.safetensors")
+    final = load_file(folder / "final.safetensors")
+    initial = load_file(folder / "initial.safetensors")
+    with working_folder(scratch, model):
+        start = {k: initial.get(k, torch.zeros_like(v)).float() for k, v in final.items()}
+        start |= {k: v for k, v in final.items() if k.endswith(".alpha")}
+        save_file(start, "initial.safetensors")
+        train(case, trace, result)
+        compare_files(case, final, folder / "final.safetensors", Path("out") / f"{case['case']}.safetensors", result)
+    return result
+
+
+def train(case: dict[str, Any], trace: dict[str, torch.Tensor], result: Comparison) -> None:
+    from library.options.parser import parse
+    from library.training import assemble, loop
+
+    options = [o for o in case["options"] if o not in ("--tokenizer_cache_dir", "tokenizers")]
+    args = parse(case["script"] + ".py", [*options, "--network_weights", "initial.safetensors"])
+    trainer = ReplayTrainer(trace, result)
+    places: dict[Place, int] = {}
+    run = assemble.network_run(trainer, args, draws=RecordedDraws(trace, places))
+    dataset = run.feed.group.datasets[0]
+    numbers = {item.path: index for index, item in enumerate(dataset.items)}
+    run.feed.__class__ = RecordedFeed
+    run.feed.batches_of = []
+    micro = 0
+    for number, epoch in enumerate(epochs_of(case["steps"], len(dataset.items)), 1):
+        plan = []
+        for position, step in enumerate(epoch):
+            items = tuple(numbers[file] for file in step["image_files"])
+            plan.append(PlannedBatch(dataset=0, bucket=dataset.items[items[0]].bucket, items=items))
+            places[Place(number, position, position)] = micro
+            micro += 1
+        run.feed.batches_of.append(plan)
+    watch(run, trace, result)
+    loop.train(run)
+
+
+def watch(run: Any, trace: dict[str, torch.Tensor], result: Comparison) -> None:
+    """Compare latents, gradient norms and rates, which pass through no hook."""
+    encode = run.latents
+
+    def latents(batch: Any, place: Place) -> torch.Tensor:
+        made = encode(batch, place)
+        step = run.draws.steps[place]
+        result.compare("latents", made, trace[f"step{step}.latents"], f"step{step}.latents")
+        return made
+
+    run.latents = latents
+    guard_watch = run.guard.watch
+
+    def guard(losses: Any, norm: torch.Tensor, **rest: Any) -> bool:
+        step = run.target.hooks.trainer.micro
+        result.compare("grad_norm", norm.reshape(1), trace[f"step{step}.grad_norm"], f"step{step}.grad_norm")
+        rates = torch.tensor([group["lr"] for group in run.optimizer.param_groups], dtype=torch.float64)
+        if not torch.allclose(rates, trace[f"step{step}.lr"].double(), rtol=1e-9):
+            result.faults.append(f"step {step}: rates {rates.tolist()}, recorded {trace[f'step{step}.lr'].tolist()}")
+        return guard_watch(losses, norm, **rest)
+
+    run.guard.watch = guard
+
+
+def compare_files(
+    case: dict[str, Any], final: dict[str, torch.Tensor], recorded: Path, written: Path, result: Comparison
+) -> None:
+    """Keys, shapes, dtypes, metadata keys and values, weights."""
+    ours = load_file(written)
+    for missing in sorted(set(final) ^ set(ours)):
+        result.faults.append(f"key {missing} is {'missing' if missing in final else 'new'}")
+    close = total = 0
+    rate = float(case["options"][case["options"].index("--learning_rate") + 1])
+    for key in set(final) & set(ours):
+        if ours[key].shape != final[key].shape or ours[key].dtype != final[key].dtype:
+            result.faults.append(f"{key}: {ours[key].dtype} {tuple(ours[key].shape)}")
+            continue
+        difference = (ours[key].float() - final[key].float()).abs()
+        close += int((difference <= FINAL_CLOSE).sum())
+        total += difference.numel()
+        if difference.max() > rate * case["optimizer_steps"]:
+            result.faults.append(f"{key}: differs by {difference.max():.1e}")
+    result.errors["final"] = 1 - close / max(total, 1)
+    if close < FINAL_SHARE * total:
+        result.faults.append(f"only {close / total:.2%} of the final weights are within {FINAL_CLOSE}")
+    compare_metadata(case, written, result)
+
+
+def compare_metadata(case: dict[str, Any], written: Path, result: Comparison) -> None:
+    with safe_open(written, "pt") as file:
+        ours = file.metadata()
+    recorded, volatile = case["final_metadata"], set(case["volatile_metadata"])
+    for key in sorted(set(recorded) ^ set(ours)):
+        if key not in NEW_METADATA:
+            result.faults.append(f"metadata key {key} is {'missing' if key in recorded else 'new'}")
+    for key in sorted(set(recorded) & set(ours) - volatile - CHANGED_METADATA):
+        if ours[key] != recorded[key]:
+            result.faults.append(f"metadata {key}: {ours[key]!r}, recorded {recorded[key]!r}")
+
+
+# keys of later releases, which 0.7.0 did not write
+NEW_METADATA: set[str] = set()
+CHANGED_METADATA: set[str] = set()

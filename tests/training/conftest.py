@@ -1,0 +1,45 @@
+"""Trainings of a few steps on the tiny model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PICTURES = Path(__file__).parents[1] / "reference" / "data" / "train"
+
+
+@pytest.fixture
+def command(tiny_sd15: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """Options of a small LoRA run; more can be given."""
+
+    def build(*options: str, output: str = "out", steps: int = 4) -> list[str]:
+        return [
+            *("--pretrained_model_name_or_path", str(tiny_sd15)),
+            *("--train_data_dir", str(PICTURES), "--caption_extension", ".txt"),
+            *("--resolution", "64,64", "--train_batch_size", "2"),
+            *("--network_module", "networks.lora", "--network_dim", "2"),
+            *("--learning_rate", "1e-3", "--seed", "1", "--max_data_loader_n_workers", "0"),
+            *("--output_dir", str(tmp_path / output), "--output_name", "x"),
+            *("--max_train_steps", str(steps)),
+            *options,
+        ]
+
+    return build
+
+
+@pytest.fixture
+def train(command: Callable[..., list[str]], tmp_path: Path) -> Callable[..., Path]:
+    """Run a training in this process; returns its output folder."""
+
+    def run(*options: str, output: str = "out", steps: int = 4, trainer: Any = None) -> Path:
+        from library.options.parser import parse
+        from library.training.network_trainer import NetworkTrainer
+
+        args = parse("train_network.py", command(*options, output=output, steps=steps))
+        (trainer or NetworkTrainer()).train(args)
+        return tmp_path / output
+
+    return run
