@@ -176,5 +176,10 @@ def ask_on_terminal() -> str | None:
             line = input("prompt: ")
         except EOFError:
             return None
-        if line.split(" --", 1)[0].strip():
+        if has_prompt(line):
             return line
+
+
+def has_prompt(line: str) -> bool:
+    """False for a line that is blank, or blank before its first option."""
+    return bool(parse_line(line).prompt.strip())
