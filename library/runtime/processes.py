@@ -128,7 +128,11 @@ def start_processes(
             that this program does not use.
     """
     from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate.state import AcceleratorState, GradientState
 
+    # Programs that train more than once in a process may ask for another precision each time.
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
     handlers = []
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         timeout = datetime.timedelta(minutes=ddp_timeout) if ddp_timeout else None
