@@ -38,22 +38,26 @@ def run_segment(module: nn.Module, *inputs: Any) -> Any:
     return module(*inputs)
 
 
-def timestep_embedding(timesteps: torch.Tensor, width: int, shift: float = 0.0) -> torch.Tensor:
+def timestep_embedding(
+    timesteps: torch.Tensor, width: int, shift: float = 0.0, *, max_period: float = MAX_PERIOD, scale: float = 1.0
+) -> torch.Tensor:
     """Sinusoids of timesteps (B,) -> float32 (B, width), cosines first; an odd width ends with a zero.
 
-    The order of operations in float32 is part of the definition (models.md 1.2).
+    The order of operations in float32 is part of the definition: float64 differs by up to 6e-5 at t = 999.
     """
-    return _sinusoids(timesteps, _frequencies(width, shift, timesteps.device), width)
+    return _sinusoids(timesteps, _frequencies(width, shift, timesteps.device, max_period), width, scale)
 
 
-def _frequencies(width: int, shift: float, device: torch.device) -> torch.Tensor:
+def _frequencies(width: int, shift: float, device: torch.device, max_period: float = MAX_PERIOD) -> torch.Tensor:
     half = width // 2
-    exponent = -math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device=device)
+    exponent = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=device)
     return torch.exp(exponent / (half - shift))
 
 
-def _sinusoids(timesteps: torch.Tensor, frequencies: torch.Tensor, width: int) -> torch.Tensor:
+def _sinusoids(timesteps: torch.Tensor, frequencies: torch.Tensor, width: int, scale: float = 1.0) -> torch.Tensor:
     angles = timesteps.float()[:, None] * frequencies
+    if scale != 1.0:
+        angles = scale * angles
     embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
     return F.pad(embedding, (0, 1)) if width % 2 else embedding
 

@@ -9,7 +9,10 @@ from typing import Any
 from library.messages import UserError
 from library.runtime import precision
 from library.runtime.attention import require_xformers
+from library.runtime.devices import is_available
 from library.runtime.processes import start_processes
+
+HAS_CUDA, HAS_XPU, HAS_MPS = (is_available(kind) for kind in ("cuda", "xpu", "mps"))
 
 
 def prepare_accelerator(args: Any) -> Any:
@@ -52,3 +55,7 @@ def replace_unet_modules(unet: Any, mem_eff_attn: bool, xformers: bool, sdpa: bo
 def patch_accelerator_for_fp16_training(accelerator: Any) -> None:
     """Let the accelerator's gradient scaler unscale float16 gradients."""
     precision.allow_half_gradients(accelerator.scaler)
+
+
+def init_ipex() -> None:
+    """Nothing to do: torch itself supports Intel XPUs."""
