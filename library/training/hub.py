@@ -60,8 +60,7 @@ class Uploads:
         config = self.config
         folder = (config.huggingface_path_in_repo or "").rstrip("/")
         destination = f"{folder}/{path.name}" if folder else path.name
-        if not _make_repository(config):
-            return
+        _make_repository(config)
         if not background:
             _upload(config, path, destination)
             return
@@ -143,20 +142,18 @@ def download_state(text: str, token: str | None = None) -> Path:
     return local[0].parents[inside - 1]
 
 
-def _make_repository(config: HubConfig) -> bool:
-    """Create the repository if it cannot be seen; False when that failed."""
+def _make_repository(config: HubConfig) -> None:
+    """Create the repository if it cannot be seen."""
     from huggingface_hub import HfApi
 
     repo_id, repo_type = config.huggingface_repo_id, config.huggingface_repo_type
     if exists_repo(repo_id, repo_type, token=config.huggingface_token):
-        return True
+        return
     try:
         private = config.huggingface_repo_visibility != "public"
         HfApi(token=config.huggingface_token).create_repo(repo_id=repo_id, repo_type=repo_type, private=private)
     except Exception as error:
-        log.warning("the repository %s cannot be made, nothing is sent: %s", repo_id, error)
-        return False
-    return True
+        log.warning("the repository %s cannot be made: %s", repo_id, error)
 
 
 def _upload(config: HubConfig, path: Path, destination: str) -> None:

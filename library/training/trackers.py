@@ -18,7 +18,26 @@ if TYPE_CHECKING:
 
 # Never logged: secrets, and paths that say something about the user's machine.
 PRIVATE_OPTIONS = frozenset(
-    ["wandb_api_key", "huggingface_token", "pretrained_model_name_or_path", "vae", "tokenizer_cache_dir", "train_data_dir", "reg_data_dir", "conditioning_data_dir", "in_json", "dataset_config", "output_dir", "logging_dir", "log_tracker_config", "config_file", "network_weights", "base_weights", "sample_prompts", "resume"]
+    {
+        "wandb_api_key",
+        "huggingface_token",
+        "pretrained_model_name_or_path",
+        "vae",
+        "tokenizer_cache_dir",
+        "train_data_dir",
+        "reg_data_dir",
+        "conditioning_data_dir",
+        "in_json",
+        "dataset_config",
+        "output_dir",
+        "logging_dir",
+        "log_tracker_config",
+        "config_file",
+        "network_weights",
+        "base_weights",
+        "sample_prompts",
+        "resume",
+    }
 )
 
 
