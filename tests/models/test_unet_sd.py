@@ -207,7 +207,8 @@ def test_module_tree_of_the_full_model(golden: Path, kind: str) -> None:
             64, heads, 768 if kind == "sd15" else 1024, kind == "sd21", upcast_attention=kind == "sd21"
         )
     modules = {name: type(module).__name__ for name, module in model.named_modules() if name}
-    assert modules == manifest["classes"]["unet"]
+    # The one class name that departs: LyCORIS 4 takes the recorded one for a target of another family.
+    assert modules == manifest["classes"]["unet"] | {"time_embedding": "TimeEmbedding"}
     state = {key: list(value.shape) for key, value in model.state_dict().items()}
     assert list(state.items()) == list(manifest["modules"]["unet"].items())
     if "module_order" in manifest:
