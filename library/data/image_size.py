@@ -7,16 +7,20 @@ the answer is Pillow's. EXIF orientation is not applied.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from struct import Struct
 
-HEAD = 4096
+# Small enough for Python's own allocator, which makes a difference over thousands of files.
+HEAD = 448
+REST = 65536
 # Above this Pillow refuses a picture as a decompression bomb (twice its warning limit).
 LARGEST = 2 * (1024 * 1024 * 1024 // 4 // 3)
+_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0)
 _FRAME_MARKERS = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
 _BARE_MARKERS = frozenset({0x01, *range(0xD0, 0xD9)})
+_BIG_PAIR = Struct(">II").unpack_from
+_HEIGHT_WIDTH = Struct(">HH").unpack_from
 
 Size = tuple[int, int]
-ReadAt = Callable[[int, int], bytes]
 
 
 def image_size(path: str | os.PathLike[str]) -> Size:
@@ -25,10 +29,29 @@ def image_size(path: str | os.PathLike[str]) -> Size:
     Raises:
         OSError: the file cannot be opened, or is no picture that Pillow knows.
     """
-    size = _from_header(path)
-    if size is not None and 0 < size[0] * size[1] <= LARGEST and min(size) > 0:
+    # Plain system calls: `open` alone would cost more than all of this.
+    handle = os.open(path, _FLAGS)
+    try:
+        size = _parse(os.read(handle, HEAD), handle)
+    finally:
+        os.close(handle)
+    if size is not None and 0 < size[0] * size[1] <= LARGEST and size[0] > 0:
         return size
     return _from_pillow(path)
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """A whole small file, at half the cost of `open`."""
+    handle = os.open(path, _FLAGS)
+    try:
+        data = os.read(handle, HEAD)
+        if len(data) < HEAD:
+            return data
+        while more := os.read(handle, REST):
+            data += more
+        return data
+    finally:
+        os.close(handle)
 
 
 def _from_pillow(path: str | os.PathLike[str]) -> Size:
@@ -43,64 +66,54 @@ def _from_pillow(path: str | os.PathLike[str]) -> Size:
         raise OSError(str(error) or type(error).__name__) from error
 
 
-def _from_header(path: str | os.PathLike[str]) -> Size | None:
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-    try:
-        head = os.read(handle, HEAD)
-
-        def read_at(offset: int, count: int) -> bytes:
-            if offset + count <= len(head):
-                return head[offset : offset + count]
-            os.lseek(handle, offset, os.SEEK_SET)
-            return os.read(handle, count)
-
-        return _parse(head, read_at)
-    finally:
-        os.close(handle)
-
-
-def _parse(head: bytes, read_at: ReadAt) -> Size | None:
+def _parse(head: bytes, handle: int) -> Size | None:
     if len(head) < 26:
         return None
-    if head.startswith(b"\xff\xd8\xff"):
-        return _jpeg(read_at)
-    if head.startswith(b"\x89PNG\r\n\x1a\n") and head[12:16] == b"IHDR":
-        return _big(head[16:20]), _big(head[20:24])
-    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+    start = head[:4]
+    if start[:3] == b"\xff\xd8\xff":
+        return _jpeg(head, handle)
+    if start == b"\x89PNG" and head[4:8] == b"\r\n\x1a\n" and head[12:16] == b"IHDR":
+        return _BIG_PAIR(head, 16)
+    if start == b"RIFF" and head[8:12] == b"WEBP":
         return _webp(head)
-    if head.startswith((b"GIF87a", b"GIF89a")):
+    if head[:6] in (b"GIF87a", b"GIF89a"):
         return _little(head[6:8]), _little(head[8:10])
-    if head.startswith(b"BM"):
+    if start[:2] == b"BM":
         return _bmp(head)
     return None
-
-
-def _big(data: bytes) -> int:
-    return int.from_bytes(data, "big")
 
 
 def _little(data: bytes) -> int:
     return int.from_bytes(data, "little")
 
 
-def _jpeg(read_at: ReadAt) -> Size | None:
-    """Walk over the segments to the frame header."""
-    offset = 2
+def _jpeg(head: bytes, handle: int) -> Size | None:
+    """Walk over the segments to the frame header.
+
+    Args:
+        head: first bytes of the file.
+        handle: the file, for segments that lie behind them.
+    """
+    base, offset = 0, 2  # `head` starts at `base` in the file
     while True:
-        head = read_at(offset, 9)
-        if len(head) < 9 or head[0] != 0xFF:
+        if offset + 9 > len(head):
+            base, offset = base + offset, 0
+            os.lseek(handle, base, os.SEEK_SET)
+            head = os.read(handle, HEAD)
+        if len(head) < 9 or head[offset] != 0xFF:
             return None
-        marker = head[1]
+        marker = head[offset + 1]
+        if marker in _FRAME_MARKERS:
+            height, width = _HEIGHT_WIDTH(head, offset + 5)
+            return width, height
         if marker == 0xFF:  # fill byte
             offset += 1
         elif marker in _BARE_MARKERS:
             offset += 2
-        elif marker in _FRAME_MARKERS:
-            return _big(head[7:9]), _big(head[5:7])
         elif marker in (0xD9, 0xDA):  # the end, or pixels before any frame header
             return None
         else:
-            offset += 2 + max(2, _big(head[2:4]))
+            offset += 2 + max(2, head[offset + 2] << 8 | head[offset + 3])
 
 
 def _webp(head: bytes) -> Size | None:

@@ -60,14 +60,16 @@ def list_folder(folder: str | os.PathLike[str]) -> Listing:
         OSError: the folder cannot be read.
     """
     listing = Listing()
+    suffixes = picture_suffixes()
     with os.scandir(folder) as entries:
         for entry in entries:
+            name = entry.name
             if entry.is_dir():
-                listing.folders.append(entry.name)
-            elif is_picture(entry.name):
-                listing.pictures.append(entry.name)
+                listing.folders.append(name)
+            elif name.lower().endswith(suffixes) and name[0] != ".":
+                listing.pictures.append(name)
             else:
-                listing.others.append(entry.name)
+                listing.others.append(name)
     for names in (listing.pictures, listing.others, listing.folders):
         names.sort()
     return listing

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from library.data.captions import tags_of
-from library.data.image_size import image_size
+from library.data.image_size import image_size, read_bytes
 from library.data.listing import UNREAD_SUFFIXES, Listing, list_folder, picture_count
 from library.data.records import DatasetSettings, Item, ScanResult, Size, SubsetSettings
 from library.messages import UserError
@@ -164,7 +164,8 @@ def _read_folder(subset: SubsetSettings, index: int) -> Folder:
     if subset.cache_info and (known := _read_info(cache)) is not None:
         folder = Folder(notes=[f"captions and sizes come from {cache}: delete it after changes in the folder"])
         for name, (caption, size) in known.items():
-            folder.items.append(_item(subset, index, name, caption, size))
+            path = os.path.join(subset.image_dir, name)
+            folder.items.append(Item(path, path, caption, size, subset.num_repeats, subset.is_reg, index))
         return folder
     try:
         listing = list_folder(subset.image_dir)
@@ -177,50 +178,39 @@ def _read_folder(subset: SubsetSettings, index: int) -> Folder:
 
 
 def _read_files(subset: SubsetSettings, index: int, listing: Listing) -> Folder:
-    assert subset.image_dir is not None
-    suffix = subset.caption_extension
-    suffix = suffix if suffix.startswith(".") else f".{suffix}"
-    present = {os.path.normcase(name): name for name in (*listing.others, *listing.pictures)}
-    folder = Folder(notes=_listing_notes(subset.image_dir, listing))
+    folder = Folder(notes=_listing_notes(str(subset.image_dir), listing))
+    find_caption = _caption_finder(subset, listing)
+    prefix = os.path.join(str(subset.image_dir), "")
+
+    fallback = subset.class_tokens or ""
     missing = []
 
-    def read(name: str) -> tuple[Size, str | None] | str:
-        caption_file = next((present[n] for n in caption_names(name, suffix) if n in present), None)
-        return _read_picture(subset, name, caption_file)
+    def read(name: str) -> Item | str:
+        """One picture, or a text that says what is broken."""
+        path = picture = prefix + name
+        try:
+            size = image_size(path)
+            caption_file = find_caption(name)
+            if caption_file is None:
+                missing.append(name)
+                caption = fallback
+            else:
+                path = prefix + caption_file
+                caption = read_caption(path, every_line=subset.enable_wildcard)
+            return Item(picture, picture, caption, size, subset.num_repeats, subset.is_reg, index)
+        except UnicodeDecodeError:
+            return f"{path} (a caption that is not UTF-8)"
+        except EOFError:
+            return f"{path} (an empty caption file)"
+        except OSError as error:
+            return f"{path} ({_reason(error)})"
 
-    for name, found in zip(listing.pictures, _map(read, listing.pictures), strict=True):
-        if isinstance(found, str):
-            folder.broken.append(found)
-            continue
-        size, caption = found
-        if caption is None:
-            missing.append(name)
-            caption = subset.class_tokens or ""
-        folder.items.append(_item(subset, index, name, caption, size))
+    found = _map(read, listing.pictures)
+    folder.items = [item for item in found if isinstance(item, Item)]
+    folder.broken = [text for text in found if isinstance(text, str)]
     if missing:
-        folder.notes.append(_missing_note(subset, suffix, missing, listing))
+        folder.notes.append(_missing_note(subset, sorted(missing), listing))
     return folder
-
-
-def _read_picture(subset: SubsetSettings, name: str, caption_file: str | None) -> tuple[Size, str | None] | str:
-    """Size and caption (None: it has no file) of one picture, or a text that says what is broken."""
-    assert subset.image_dir is not None
-    path = os.path.join(subset.image_dir, name)
-    try:
-        size = image_size(path)
-    except OSError as error:
-        return f"{path} ({_reason(error)})"
-    if caption_file is None:
-        return size, None
-    path = os.path.join(subset.image_dir, caption_file)
-    try:
-        return size, read_caption(path, every_line=subset.enable_wildcard)
-    except UnicodeDecodeError:
-        return f"{path} (a caption that is not UTF-8)"
-    except EOFError:
-        return f"{path} (an empty caption file)"
-    except OSError as error:
-        return f"{path} ({_reason(error)})"
 
 
 def _reason(error: OSError) -> str:
@@ -228,17 +218,29 @@ def _reason(error: OSError) -> str:
     return "not a readable picture" if text.startswith("cannot identify image file") else text
 
 
-def caption_names(name: str, suffix: str) -> list[str]:
-    """Names of the files in which a picture's caption may stand, in this order.
+def _caption_finder(subset: SubsetSettings, listing: Listing) -> Callable[[str], str | None]:
+    """A function: name of a picture -> name of its caption file, or None.
 
-    The second one serves pictures that state a face as `name_cx_cy_w_h`.
+    A picture that states a face, `name_cx_cy_w_h`, may also have the file of `name`.
     """
-    stem = os.path.splitext(name)[0]
-    names = [stem + suffix]
-    pieces = stem.split("_")
-    if len(pieces) >= 5:
-        names.append("_".join(pieces[:-4]) + suffix)
-    return [os.path.normcase(candidate) for candidate in names]
+    suffix = _caption_suffix(subset)
+    ending = os.path.normcase(suffix)
+    names = (*listing.others, *listing.pictures)
+    present = {key: name for name in names if (key := os.path.normcase(name)).endswith(ending)}
+
+    def find(name: str) -> str | None:
+        stem = os.path.splitext(name)[0]
+        found = present.get(os.path.normcase(stem + suffix))
+        if found is None and stem.count("_") >= 4:
+            found = present.get(os.path.normcase(stem.rsplit("_", 4)[0] + suffix))
+        return found
+
+    return find if present else lambda name: None
+
+
+def _caption_suffix(subset: SubsetSettings) -> str:
+    suffix = subset.caption_extension
+    return suffix if suffix.startswith(".") else f".{suffix}"
 
 
 def read_caption(path: str | os.PathLike[str], *, every_line: bool = False) -> str:
@@ -250,16 +252,16 @@ def read_caption(path: str | os.PathLike[str], *, every_line: bool = False) -> s
         EOFError: the file is empty.
         UnicodeDecodeError: it is no such text.
     """
-    with open(path, "rb") as file:
-        data = file.read()
-    encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
-    text = data.decode(encoding)
+    data = read_bytes(path)
+    text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")
+    text = text.removeprefix("\ufeff")
     if not text:
         raise EOFError(str(path))
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
     if every_line:
-        return "\n".join(line.strip() for line in lines if line.strip())
-    return lines[0].strip()
+        return "\n".join(line.strip() for line in text.split("\n") if line.strip())
+    return text.partition("\n")[0].strip()
 
 
 def _map(function: Callable[[Argument], Result], arguments: Sequence[Argument]) -> list[Result]:
@@ -271,12 +273,6 @@ def _map(function: Callable[[Argument], Result], arguments: Sequence[Argument]) 
         return results + [function(argument) for argument in rest]
     with ThreadPoolExecutor(16) as pool:
         return results + list(pool.map(function, rest))
-
-
-def _item(subset: SubsetSettings, index: int, name: str, caption: str, size: Size) -> Item:
-    assert subset.image_dir is not None
-    path = os.path.join(subset.image_dir, name)
-    return Item(path, path, caption, size, subset.num_repeats, subset.is_reg, index)
 
 
 def _read_info(path: str) -> dict[str, tuple[str, Size]] | None:
@@ -321,7 +317,8 @@ def _count_tags(table: dict[str, dict[str, int]], subset: SubsetSettings, items:
     assert subset.image_dir is not None
     counts = Counter(table.setdefault(folder_name(subset.image_dir), {}))
     for item in items:
-        counts.update(tags_of(item.caption))
+        for tag in tags_of(item.caption):
+            counts[tag] += 1
     table[folder_name(subset.image_dir)] = dict(counts)
 
 
@@ -348,15 +345,16 @@ def _listing_notes(folder: str, listing: Listing) -> list[str]:
     return notes
 
 
-def _missing_note(subset: SubsetSettings, suffix: str, missing: Sequence[str], listing: Listing) -> str:
+def _missing_note(subset: SubsetSettings, missing: Sequence[str], listing: Listing) -> str:
     """What pictures without a caption file get, and the extension that was probably meant."""
+    suffix = _caption_suffix(subset)
     text = "their caption is empty"
     if subset.class_tokens is not None:
         text = f'their caption is "{subset.class_tokens}"'
     note = f"{subset.image_dir}: {len(missing)} pictures have no {suffix} file ({_some(missing)}), {text}"
-    others = set(listing.others)
     for other in (".txt", ".caption", ".tags"):
-        count = sum(os.path.splitext(name)[0] + other in others for name in missing)
+        texts = {name for name in listing.others if name.endswith(other)}
+        count = sum(os.path.splitext(name)[0] + other in texts for name in missing) if texts else 0
         if other != suffix and count:
             return f"{note}; {count} of them have a {other} file: is caption_extension {other} meant?"
     return note
