@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from library.messages import run
-from library.options.parser import build_parser, parse
+from library.options.parser import build_parser, parse, resolve
 from library.porch import porch
 
 SCRIPT = "train_network.py"
@@ -18,8 +17,9 @@ def setup_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """Read the options and train."""
+    """Read the options, check them before anything heavy is loaded, and train."""
     args = parse(SCRIPT)
+    resolve(args, SCRIPT)
     from library.training.network_trainer import NetworkTrainer
 
     NetworkTrainer().train(args)
@@ -37,11 +37,7 @@ NAMES: dict[str, str] = {
     "BlueprintGenerator": "library.config_util:BlueprintGenerator",
     "DreamBoothDataset": "library.train_util:DreamBoothDataset",
 }
-_resolve, _names = porch(__name__, NAMES)
-
-
-def __getattr__(name: str) -> Any:
-    return _resolve(name)
+__getattr__, __dir__ = porch(__name__, NAMES)
 
 
 if __name__ == "__main__":

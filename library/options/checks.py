@@ -37,7 +37,8 @@ def check_required(options: Resolved) -> None:
     missing = [name for name in find_script(options.script).required if not options.value(name)]
     if missing:
         flags = ", ".join(f"--{name}" for name in missing)
-        raise UserError(f"{flags} missing", "give it on the command line or in --config_file")
+        where = "on the command line or in --config_file" if "config_file" in options else "on the command line"
+        raise UserError(f"{flags} missing", f"give {'it' if len(missing) == 1 else 'them'} {where}")
 
 
 def check_model(options: Resolved) -> None:
@@ -55,9 +56,6 @@ def check_data(options: Resolved) -> None:
     """Sources, batch size, augmentation against caching, probabilities."""
     data = options.dataset
     if data.dataset_config is not None:
-        ignored = [n for n in ("train_data_dir", "reg_data_dir", "in_json") if getattr(data, n)]
-        if ignored:
-            warn_once(f"ignored because of --dataset_config: {', '.join('--' + n for n in ignored)}")
         _check_dataset_file(options)
     elif not (data.train_data_dir or data.dataset_class):
         raise UserError("no pictures given", "give --train_data_dir or --dataset_config")
@@ -94,12 +92,8 @@ def check_length(options: Resolved) -> None:
     _at_least(loop, 0, "max_data_loader_n_workers", "initial_step", "seed")
     if loop.seed is not None and loop.seed >= 2**32:
         raise UserError(f"--seed {loop.seed} is too large", f"give a number below {2**32}")
-    if loop.persistent_data_loader_workers and loop.max_data_loader_n_workers == 0:
-        warn_once("--persistent_data_loader_workers has no effect with --max_data_loader_n_workers 0")
     if options.value("resume_from_huggingface") and not loop.resume:
         raise UserError("--resume_from_huggingface without --resume", "give --resume USER/REPO/PATH")
-    if loop.skip_until_initial_step and not (loop.initial_step or loop.initial_epoch):
-        warn_once("--skip_until_initial_step has no effect without --initial_step or --initial_epoch")
 
 
 def check_optimizer(options: Resolved) -> None:
@@ -188,11 +182,6 @@ def check_precision(options: Resolved) -> None:
     if (precision.fp8_base or precision.fp8_base_unet) and precision.mixed_precision == "no":
         raise UserError("--fp8_base without mixed precision", "add --mixed_precision bf16 or fp16")
     _at_least(precision, 1, "gradient_checkpointing_interval")
-    if not precision.gradient_checkpointing:
-        if precision.cpu_offload_checkpointing:
-            warn_once("--cpu_offload_checkpointing has no effect without --gradient_checkpointing")
-        if precision.gradient_checkpointing_interval != 1:
-            warn_once("--gradient_checkpointing_interval has no effect without --gradient_checkpointing")
 
 
 def check_saving(options: Resolved) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import sys
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,20 +44,19 @@ def read_toml(path: Path) -> dict[str, Any]:
     Raises:
         UserError: missing, a folder, not UTF-8, or no TOML (with the parser's line and, for backslashes, the cure).
     """
-    import toml
-
+    tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
     try:
-        return toml.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file", "check the path") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start})", "save it as UTF-8") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}", "check the path") from None
-    except (ValueError, IndexError) as error:
-        text = path.read_text(encoding="utf-8-sig")
-        backslash = '"' in text and "\\" in text
-        remedy = "write Windows paths in 'single quotes' or with /" if backslash else "mend the line"
+    try:
+        return tomllib.loads(text)
+    except ValueError as error:
+        remedy = "write Windows paths in 'single quotes' or with /" if "\\" in text else "mend the line"
         raise UserError(f"{path} is no valid TOML: {error}", remedy) from None
 
 

@@ -11,11 +11,12 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from library import messages
 from library.options import config_file
 from library.options.declare import from_namespace
+from library.options.registries import nearest
 from library.options.schema import schema
 from library.options.scripts import CONCERNS, find_script
 
@@ -26,6 +27,16 @@ class OptionParser(argparse.ArgumentParser):
     """An argument parser that remembers which options the command line gave (`given`, a set of dests)."""
 
     given: frozenset[str] = frozenset()
+
+    def error(self, message: str) -> NoReturn:
+        """One line instead of the whole usage, with nearest names for unknown options; exit code 2."""
+        head, _, names = message.partition("unrecognized arguments: ")
+        if not head:
+            known = [flag for action in self._actions for flag in action.option_strings]
+            near = {n: nearest(n.split("=")[0], known, 1) for n in names.split() if n.startswith("--")}
+            hints = [f"did you mean {found[0]} instead of {name}?" for name, found in near.items() if found]
+            message = "; ".join([message, *hints])
+        self.exit(2, f"{self.prog}: error: {message} (--help shows all options)\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's, and sets `given`."""

@@ -1,0 +1,95 @@
+"""Options that the original's scripts do not have: this project's own, and those its later releases added.
+
+The frozen-command-line test reads these tables; the generated docs mark the options with them.
+"""
+
+from __future__ import annotations
+
+# This project's own -> why.
+OWN: dict[str, str] = {
+    "strict": "unknown keys of a config file as an error",
+    "dump_schema": "front ends build their forms from it",
+    "dry_run": "the effective settings without a run",
+    "gradient_checkpointing_interval": "a choice between all blocks and none",
+    "on_bad_image": "one broken picture need not stop a run",
+}
+
+# Of sd-scripts 0.7.1 to 0.10.1, in every script that has the concern.
+LATER: frozenset[str] = frozenset(
+    {
+        "alpha_mask",
+        "cache_info",
+        "caption_separator",
+        "conditioning_data_dir",
+        "console_log_file",
+        "console_log_level",
+        "console_log_simple",
+        "cpu_offload_checkpointing",
+        "ddp_gradient_as_bucket_view",
+        "ddp_static_graph",
+        "ddp_timeout",
+        "debiased_estimation_loss",
+        "deepspeed",
+        "ds_depth_1",
+        "ds_depth_2",
+        "ds_ratio",
+        "ds_timesteps_1",
+        "ds_timesteps_2",
+        "dynamo_backend",
+        "enable_wildcard",
+        "fp16_master_weights_and_gradients",
+        "fp8_base",
+        "fp8_base_unet",
+        "fused_backward_pass",
+        "gradual_latent_every_n_steps",
+        "gradual_latent_ratio",
+        "gradual_latent_ratio_step",
+        "gradual_latent_s_noise",
+        "gradual_latent_timesteps",
+        "gradual_latent_unsharp_params",
+        "highvram",
+        "huber_c",
+        "huber_scale",
+        "huber_schedule",
+        "initial_epoch",
+        "initial_step",
+        "ip_noise_gamma_random_strength",
+        "keep_tokens_separator",
+        "log_config",
+        "loss_type",
+        "lr_decay_steps",
+        "lr_scheduler_min_lr_ratio",
+        "lr_scheduler_timescale",
+        "masked_loss",
+        "max_validation_steps",
+        "metadata_is_negative_embedding",
+        "metadata_merged_from",
+        "metadata_preprocessor",
+        "metadata_thumbnail",
+        "metadata_trigger_phrase",
+        "metadata_usage_hint",
+        "noise_offset_random_strength",
+        "offload_optimizer_device",
+        "offload_optimizer_nvme_path",
+        "offload_param_device",
+        "offload_param_nvme_path",
+        "resize_interpolation",
+        "sample_at_first",
+        "save_state_on_train_end",
+        "secondary_separator",
+        "skip_cache_check",
+        "skip_until_initial_step",
+        "torch_compile",
+        "validate_every_n_epochs",
+        "validate_every_n_steps",
+        "validation_seed",
+        "validation_split",
+        "wandb_run_name",
+        "zero3_init_flag",
+        "zero3_save_16bit_model",
+        "zero_stage",
+    }
+)
+
+# Original options whose type is wider here: option -> (type there, type here).
+WIDER: dict[str, tuple[str, str]] = {"lr_warmup_steps": ("int", "int_or_ratio")}
