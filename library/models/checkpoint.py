@@ -182,7 +182,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         start = file.read(16)
     if not start:
         raise UserError(f"{path} is empty", "copy or download the file again")
-    if start.startswith((b"PK\x03\x04", b"\x80")):
+    if _is_pickle(start):
         return PickleCheckpoint(path)
     return SafetensorsCheckpoint(path)
 
@@ -191,9 +191,17 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     """The texts in a safetensors header, without reading a tensor; empty for other kinds of files."""
     path = Path(path)
     with open(path, "rb") as file:
-        if file.read(4).startswith((b"PK", b"\x80")):
+        if _is_pickle(file.read(16)):
             return {}
     return SafetensorsCheckpoint(path).metadata
+
+
+def _is_pickle(start: bytes) -> bool:
+    """Whether a file's first bytes are a torch pickle's (zip or plain)."""
+    # A safetensors header may happen to be as long as a pickle's first byte says, so its brace decides.
+    if start[8:9] == b"{" and struct.unpack("<Q", start[:8])[0] <= _MAX_HEADER:
+        return False
+    return start.startswith((b"PK\x03\x04", b"\x80"))
 
 
 def is_safetensors_name(path: str | Path) -> bool:

@@ -29,14 +29,10 @@ PRED_TYPE_V = "v"
 MODELSPEC_TITLE = "modelspec.title"
 IMPLEMENTATION_VERSION = "sd-training-toolkit/0.1.0"
 
-_ORDER_1_0_0 = (
-    "sai_model_spec architecture implementation title resolution description author date license tags merged_from "
-    "prediction_type timestep_range encoder_layer"
-).split()
-_ORDER_1_0_1 = (
-    "architecture implementation title resolution sai_model_spec description author date license tags merged_from "
-    "prediction_type timestep_range encoder_layer"
-).split()
+_TEXTS = ("description", "author", "date", "license", "tags", "merged_from")
+_TRAINING = ("prediction_type", "timestep_range", "encoder_layer")
+_ORDER_1_0_0 = ("sai_model_spec", "architecture", "implementation", "title", "resolution", *_TEXTS, *_TRAINING)
+_ORDER_1_0_1 = ("architecture", "implementation", "title", "resolution", "sai_model_spec", *_TEXTS, *_TRAINING)
 BASE_METADATA = dict.fromkeys(f"modelspec.{name}" for name in _ORDER_1_0_0)
 
 Kind = Literal["checkpoint", "lora", "textual_inversion"]

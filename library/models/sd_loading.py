@@ -83,10 +83,11 @@ def empty_unet(config: UNetConfig) -> UNet2DConditionModel:
 
 def _unet_part(checkpoint: Checkpoint, config: UNetConfig, kind: Kind, dtype: torch.dtype) -> Part:
     # SD 2.x files exist in both forms; inside, their projections are always matrices.
+    in_file = config.use_linear_projection
     if kind == "sd2":
         config = dataclasses.replace(config, use_linear_projection=True)
     module = empty_unet(config)
-    entries = key_maps.unet_entries(shapes_of(module), sd_unet_key_map(config), linear_projections=kind == "sd2")
+    entries = key_maps.unet_entries(shapes_of(module), sd_unet_key_map(config), linear_projections=in_file)
     known = {entry.file_key for entry in entries}
     unexpected = [k for k in checkpoint.tensors if k.startswith(key_maps.UNET_PREFIX) and k not in known]
     return Part("U-Net", module, entries, dtype, unexpected)

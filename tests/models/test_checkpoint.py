@@ -41,6 +41,17 @@ def test_read_equals_written(tmp_path):
     assert list(opened.read(["scalar", "a.F16"])) == [k for k in opened.tensors if k in ("scalar", "a.F16")]
 
 
+def test_header_length_that_looks_like_a_pickle(tmp_path):
+    path = tmp_path / "a.safetensors"
+    for padding in range(300):
+        save_file({"w": torch.ones(2)}, path, {"x": "x" * padding})
+        if path.read_bytes()[0] == 0x80:
+            break
+    assert path.read_bytes()[0] == 0x80
+    assert open_checkpoint(path).read()["w"].tolist() == [1, 1]
+    assert read_metadata(path) == {"x": "x" * padding}
+
+
 def test_cast_leaves_integers(tmp_path):
     save_file(
         {"f": torch.ones(2, dtype=torch.float16), "i": torch.ones(2, dtype=torch.int64)}, tmp_path / "a.safetensors"
