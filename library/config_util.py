@@ -1,0 +1,36 @@
+"""Old import path of the data-set configuration; entries grouped by the room that has them now."""
+
+from library.porch import porch
+
+_CONFIG = (
+    "BaseDatasetParams",
+    "BaseSubsetParams",
+    "Blueprint",
+    "BlueprintGenerator",
+    "ConfigSanitizer",
+    "ControlNetDatasetParams",
+    "ControlNetSubsetParams",
+    "DatasetBlueprint",
+    "DatasetGroupBlueprint",
+    "DreamBoothDatasetParams",
+    "DreamBoothSubsetParams",
+    "FineTuningDatasetParams",
+    "FineTuningSubsetParams",
+    "SubsetBlueprint",
+    "add_config_arguments",
+    "generate_controlnet_subsets_config_by_subdirs",
+    "generate_dataset_group_by_blueprint",
+    "generate_dreambooth_subsets_config_by_subdirs",
+    "load_user_config",
+)
+NAMES = {
+    # training: adapters over data/config
+    **{name: f"library.training.classic_config:{name}" for name in _CONFIG},
+    "DreamBoothDataset": "library.training.classic_datasets:DreamBoothDataset",
+    "DreamBoothSubset": "library.training.classic_datasets:DreamBoothSubset",
+    # data
+    "DatasetGroup": "library.data.dataset:DatasetGroup",
+    # the other porch, which callers reach through this one
+    "train_util": "library.train_util:",
+}
+__getattr__, __dir__ = porch(__name__, NAMES)
