@@ -430,7 +430,12 @@ class MinimalDataset(BaseDataset):
 
 
 def load_arbitrary_dataset(args: Any, tokenizer: Any = None) -> Any:
-    """The data set that `--dataset_class` names, from a namespace with `dataset_class`, `max_token_length`, `resolution` and `debug_dataset`."""
+    """The data set that `--dataset_class` names.
+
+    Args:
+        args: a namespace with `dataset_class`, `max_token_length`, `resolution` and `debug_dataset`.
+        tokenizer: one, or a list of two.
+    """
     return load_foreign_dataset(
         args.dataset_class,
         tokenizer=tokenizer,

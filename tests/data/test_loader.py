@@ -43,7 +43,9 @@ def test_persistent_workers_serve_every_epoch(shapes, make_group):
         for epoch in (1, 2):
             plan = group.plan(7, epoch)
             step = (epoch - 1) * len(plan)
-            assert equal(load(group, plan, first_step=step), load(group, plan, first_step=step, workers=2, persistent=True))
+            assert equal(
+                load(group, plan, first_step=step), load(group, plan, first_step=step, workers=2, persistent=True)
+            )
     finally:
         close_loaders()
 
@@ -131,7 +133,6 @@ def test_a_killed_worker_is_explained(shapes, make_group):
     group = make_group(shapes)
     with pytest.raises(UserError, match="worker was killed"):
         load(Killer(group.datasets), group.plan(7, 1), workers=1)
-
 
 
 def test_an_unforeseen_error_names_the_picture(shapes, make_group, monkeypatch):

@@ -1,0 +1,255 @@
+"""What third parties import and subclass: data-set classes with the original's constructors, `--dataset_class`."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from library.data.classic import (
+    ImageInfo,
+    ImageLoadingDataset,
+    cache_batch_latents,
+    collator_class,
+    debug_dataset,
+    image_extensions,
+    image_transforms,
+    load_foreign_dataset,
+    load_image,
+)
+from library.data.dataset import DatasetGroup
+from library.data.loader import make_loader
+from library.messages import UserError
+from library.training.classic_datasets import (
+    BaseDataset,
+    DreamBoothDataset,
+    DreamBoothSubset,
+    MinimalDataset,
+    load_arbitrary_dataset,
+)
+from tests.data.conftest import block_means
+
+COMMON = (3, False, 0, False, False, None, False, 0.0, 0, 0.0, None, None, 1, 0)
+BUCKETS = (True, 64, 256, 64, False)
+
+
+class BlockVae:
+    """The parts of a diffusers VAE that caching uses."""
+
+    device = torch.device("cpu")
+    dtype = torch.float32
+
+    def encode(self, pictures):
+        return types.SimpleNamespace(latent_dist=types.SimpleNamespace(sample=lambda: block_means(pictures)))
+
+    def state_dict(self):
+        return {"weight": torch.ones(3)}
+
+
+def dreambooth(shapes, **named):
+    subset = DreamBoothSubset(str(shapes), False, "shape", "txt", *COMMON, **named)
+    return DreamBoothDataset([subset], 2, None, None, (128, 128), *BUCKETS, 1.0, False)
+
+
+def test_constructors_of_the_original_build_a_data_set(shapes, make_group):
+    dataset = dreambooth(shapes)
+    assert dataset.num_train_images == 18 and dataset.subsets[0].img_count == 6
+    assert len(dataset.image_data) == 6 and len(dataset) == 0
+    dataset.make_buckets()
+    assert len(dataset) == 9
+    group = DatasetGroup([dataset])
+    own = make_group(shapes, num_repeats=3, class_tokens="shape", seed=0)
+    plan = group.plan(5, 1)
+    assert plan == own.plan(5, 1)
+    for a, b in zip(make_loader(group, plan), make_loader(own, plan), strict=True):
+        assert a["image_keys"] == b["image_keys"] and torch.equal(a["images"], b["images"])
+        assert a["captions"] == b["captions"] and a["input_ids"] is None
+    assert dataset.bucket_info == own.datasets[0].bucket_info
+
+
+def test_later_keywords_are_taken_and_unknown_ones_refused(shapes):
+    dataset = dreambooth(shapes, caption_separator=";", enable_wildcard=True)
+    dataset.make_buckets()
+    assert dataset.core.subsets[0].caption_separator == ";" and dataset.core.subsets[0].enable_wildcard
+    with pytest.raises(TypeError, match="nonsense"):
+        dreambooth(shapes, nonsense=1)
+
+
+def test_sets_of_the_program_are_instances_of_the_old_classes(shapes, make_group):
+    own = make_group(shapes).datasets[0]
+    assert isinstance(own, DreamBoothDataset) and isinstance(own, BaseDataset)
+    assert not isinstance(own, MinimalDataset)
+
+    class Sub(DreamBoothDataset):
+        pass
+
+    assert not isinstance(own, Sub)
+    assert not isinstance(dreambooth(shapes), Sub) and isinstance(dreambooth(shapes), DreamBoothDataset)
+
+
+def test_a_subclass_may_change_pictures_before_buckets_are_made(shapes):
+    class Doubled(DreamBoothDataset):
+        def make_buckets(self):
+            for info in self.image_data.values():
+                info.num_repeats, info.caption = 1, "same"
+            super().make_buckets()
+
+    subset = DreamBoothSubset(str(shapes), False, None, ".txt", *COMMON)
+    dataset = Doubled([subset], 6, None, None, (128, 128), *BUCKETS)
+    dataset.make_buckets()
+    group = DatasetGroup([dataset])
+    captions = [c for batch in make_loader(group, group.plan(1, 1)) for c in batch["captions"]]
+    assert captions == ["same"] * 6
+
+
+def test_latents_of_such_a_set_are_cached(shapes):
+    dataset = dreambooth(shapes)
+    dataset.make_buckets()
+    group = DatasetGroup([dataset])
+    group.cache_latents(BlockVae(), 2, True, True)
+    assert len(list(shapes.glob("*.npz"))) == 6
+    batch = next(make_loader(group, group.plan(1, 1)))
+    assert batch["images"] is None and batch["latents"].shape[1] == 4
+
+
+def test_a_group_caches_sets_of_both_kinds(shapes, make_group):
+    dataset = dreambooth(shapes)
+    dataset.make_buckets()
+    group = DatasetGroup([dataset, *make_group(shapes).datasets])
+    group.cache_latents(BlockVae(), 2, False, True)
+    for batch in make_loader(group, group.plan(1, 1)):
+        assert batch["images"] is None and batch["latents"] is not None
+
+
+class Ready(MinimalDataset):
+    """A foreign data set of seven batches."""
+
+    def __init__(self, tokenizer, max_token_length, resolution, debug_dataset=False):
+        super().__init__(tokenizer, max_token_length, resolution, debug_dataset)
+        self.num_train_images = 14
+        self.batch_size = 2
+        self.count = 7
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        return {
+            "images": torch.full((2, 3, 8, 8), float(index)),
+            "latents": None,
+            "captions": [f"{index}", f"{self.current_epoch}"],
+            "input_ids": torch.zeros(2, 1, 77),
+            "loss_weights": 1,
+        }
+
+
+class Later(MinimalDataset):
+    """The constructor of later versions."""
+
+    def __init__(self, resolution, network_multiplier, debug_dataset=False):
+        super().__init__(resolution=resolution, debug_dataset=debug_dataset, network_multiplier=network_multiplier)
+
+
+class Plain(torch.utils.data.Dataset):
+    """Not derived from ours."""
+
+    def __init__(self, *args):
+        self.args = args
+
+
+@pytest.fixture
+def foreign(monkeypatch):
+    module = types.ModuleType("foreign_sets")
+    module.Ready, module.Later, module.Plain = Ready, Later, Plain
+    monkeypatch.setitem(sys.modules, "foreign_sets", module)
+
+
+def test_dataset_class_gives_its_own_batches(foreign):
+    dataset = load_foreign_dataset("foreign_sets.Ready", tokenizer="t", max_token_length=150, resolution=(64, 48))
+    assert dataset.tokenizers == ["t"] and (dataset.width, dataset.height) == (64, 48)
+    assert dataset.max_token_length == 150 and dataset.datasets == [dataset] and dataset.image_dir == "dummy"
+    assert not dataset.is_latent_cacheable()
+    for group in (dataset, DatasetGroup([dataset])):
+        plan = group.plan(1, 3)
+        batches = list(make_loader(group, plan))
+        assert sorted(batch["captions"][0] for batch in batches) == [str(i) for i in range(7)]
+        assert {batch["captions"][1] for batch in batches} == {"3"}
+        ranks = [list(make_loader(group, group.plan(1, 1, processes=2), rank=rank)) for rank in (0, 1)]
+        assert [len(rank) for rank in ranks] == [4, 4]
+    dataset.count = 3  # its length may change until the plan is made
+    assert len(dataset.plan(1, 1)) == 3
+
+
+def test_dataset_class_forms_and_refusals(foreign):
+    later = load_foreign_dataset("foreign_sets.Later", tokenizer="t", resolution=(64, 64))
+    assert (later.width, later.network_multiplier) == (64, 1.0)
+    for name, word in [("Plain", "MinimalDataset"), ("Absent", "Absent")]:
+        with pytest.raises(UserError, match=word):
+            load_foreign_dataset(f"foreign_sets.{name}", tokenizer=None)
+    with pytest.raises(UserError, match="no_such_module"):
+        load_foreign_dataset("no_such_module.Set", tokenizer=None)
+    with pytest.raises(UserError, match="module"):
+        load_foreign_dataset("Set", tokenizer=None)
+    args = argparse.Namespace(dataset_class="foreign_sets.Ready", max_token_length=None, resolution=(32, 32))
+    assert load_arbitrary_dataset(args).width == 32
+
+
+def test_collator_sets_epoch_and_step(shapes, make_group):
+    group = make_group(shapes)
+    epoch, step = multiprocessing.Value("i", 4), multiprocessing.Value("i", 9)
+    assert collator_class(epoch, step, group)(["batch"]) == "batch"
+    assert {(d.current_epoch, d.current_step) for d in group.datasets} == {(4, 9)}
+
+
+def test_group_in_a_plain_loader(shapes, make_group):
+    group = make_group(shapes)
+    epoch, step = multiprocessing.Value("i", 1), multiprocessing.Value("i", 0)
+    collate = collator_class(epoch, step, group)
+    loader = torch.utils.data.DataLoader(group, batch_size=1, shuffle=True, collate_fn=collate)
+    keys = [key for batch in loader for key in batch["image_keys"]]
+    assert sorted(keys) == sorted(2 * [item.key for item in group.datasets[0].items])
+
+
+def test_picture_loading_set_skips_broken_files(tmp_path, caplog):
+    Image.new("RGB", (4, 3), (255, 0, 0)).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    pictures = ImageLoadingDataset([tmp_path / "good.png", tmp_path / "bad.png"])
+    tensor, path = pictures[0]
+    assert tensor.shape == (3, 3, 4) and tensor[0].max() == 1 and path.endswith("good.png")
+    assert pictures[1] is None and "bad.png" in caplog.text
+
+
+@pytest.mark.parametrize("to_disk", [False, True])
+def test_caching_a_batch_of_records(tmp_path, to_disk):
+    infos = []
+    for name in ("a", "b"):
+        Image.new("RGB", (96, 64)).save(tmp_path / f"{name}.png")
+        info = ImageInfo(name, 1, "", False, str(tmp_path / f"{name}.png"))
+        info.bucket_reso, info.resized_size, info.latents_npz = (64, 64), (96, 64), str(tmp_path / f"{name}.npz")
+        infos.append(info)
+    cache_batch_latents(BlockVae(), to_disk, infos, True, False)
+    assert infos[0].latents_original_size == (96, 64)
+    assert (tmp_path / "a.npz").exists() is to_disk
+    if not to_disk:
+        assert infos[1].latents.shape == infos[1].latents_flipped.shape == (4, 8, 8)
+
+
+def test_small_helpers(tmp_path):
+    Image.new("RGB", (2, 2), (255, 255, 255)).save(tmp_path / "p.png")
+    assert load_image(tmp_path / "p.png").tolist() == np.full((2, 2, 3), 255).tolist()
+    assert image_transforms(Image.open(tmp_path / "p.png")).tolist() == torch.ones(3, 2, 2).tolist()
+    assert {".png", ".PNG", ".webp", ".JPEG"} <= set(image_extensions())
+
+
+def test_debugging_says_what_one_epoch_holds(shapes, make_group, caplog):
+    group = make_group(shapes)
+    with caplog.at_level("INFO"):
+        debug_dataset(group, show_input_ids=True)
+    assert caplog.text.count(".png") == 12 and "input_ids" in caplog.text
+    assert "original size" in caplog.text and f"{len(group)} batches" in caplog.text
