@@ -78,9 +78,7 @@ def test_log_file_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_a_console_that_cannot_show_a_character() -> None:
     code = "from library.messages import *; set_up(); log.info('日本'); write('日本'); raise_it = UserError('日')"
-    code += "
-def main(): raise raise_it
-run(main)"
+    code += "\ndef main(): raise raise_it\nrun(main)"
     environment = {**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, env=environment)
     assert result.returncode == 1
