@@ -24,10 +24,13 @@ from library.messages import UserError, log
 
 Ltrb = tuple[float, float, float, float]
 
+# Endings of picture files, lower and upper case.
+IMAGE_EXTENSIONS = [form for suffix in picture_suffixes() for form in (suffix, suffix.upper())]
 
-def image_extensions() -> list[str]:
-    """Endings of picture files, lower and upper case."""
-    return [form for suffix in picture_suffixes() for form in (suffix, suffix.upper())]
+
+def default_if_none(value: Any, default: Any) -> Any:
+    """The value, or the default if it is None."""
+    return default if value is None else value
 
 
 def image_transforms(image: Any) -> torch.Tensor:

@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
+from library import train_util
 from library.data.classic import (
     ImageInfo,
     ImageLoadingDataset,
     cache_batch_latents,
     collator_class,
     debug_dataset,
-    image_extensions,
     image_transforms,
     load_foreign_dataset,
     load_image,
@@ -244,7 +244,7 @@ def test_small_helpers(tmp_path):
     Image.new("RGB", (2, 2), (255, 255, 255)).save(tmp_path / "p.png")
     assert load_image(tmp_path / "p.png").tolist() == np.full((2, 2, 3), 255).tolist()
     assert image_transforms(Image.open(tmp_path / "p.png")).tolist() == torch.ones(3, 2, 2).tolist()
-    assert {".png", ".PNG", ".webp", ".JPEG"} <= set(image_extensions())
+    assert {".png", ".PNG", ".webp", ".JPEG"} <= set(train_util.IMAGE_EXTENSIONS)
 
 
 def test_debugging_says_what_one_epoch_holds(shapes, make_group, caplog):
@@ -253,3 +253,10 @@ def test_debugging_says_what_one_epoch_holds(shapes, make_group, caplog):
         debug_dataset(group, show_input_ids=True)
     assert caplog.text.count(".png") == 12 and "input_ids" in caplog.text
     assert "original size" in caplog.text and f"{len(group)} batches" in caplog.text
+
+
+def test_old_names_lead_here():
+    assert train_util.DreamBoothDataset is DreamBoothDataset and train_util.MinimalDataset is MinimalDataset
+    assert train_util.DatasetGroup is DatasetGroup and train_util.debug_dataset is debug_dataset
+    assert train_util.IMAGE_TRANSFORMS is image_transforms
+    assert train_util.default_if_none(None, 3) == 3 and train_util.default_if_none(0, 3) == 0
