@@ -265,7 +265,7 @@ def _unknown(key: str, keys: Mapping[str, Rule], support: Support, place: str) -
         return f"is not allowed in {place}: put it into [[datasets]] or [general]"
     subset_only = {name for kind in OWN_KEYS.values() for name in kind}
     if key in subset_only and any(key in OWN_KEYS[kind] for kind in support.kinds) and key not in keys:
-        return f"is not allowed in {place}: it belongs into a [[datasets.subsets]] table of its kind"
+        return f"is not allowed in {place}: it belongs into a [[datasets.subsets]] table"
     if key in SUBSET_KEYS:
         return f"is not allowed in {place}: put it into [general], [[datasets]] or [[datasets.subsets]]"
     if key in {*DROPOUT_KEYS, *subset_only, *(name for kind in SHARED_KEYS.values() for name in kind)}:
