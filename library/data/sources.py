@@ -229,7 +229,7 @@ def _caption_finder(subset: SubsetSettings, listing: Listing) -> Callable[[str],
     present = {key: name for name in names if (key := os.path.normcase(name)).endswith(ending)}
 
     def find(name: str) -> str | None:
-        stem = os.path.splitext(name)[0]
+        stem = name[: name.rindex(".")]
         found = present.get(os.path.normcase(stem + suffix))
         if found is None and stem.count("_") >= 4:
             found = present.get(os.path.normcase(stem.rsplit("_", 4)[0] + suffix))
