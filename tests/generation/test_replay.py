@@ -1,0 +1,29 @@
+"""Recorded runs of the original: text to image with SD 1.x and 2.x, networks, sample pictures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from replay_generation import replay_case
+
+FOLDER = Path(__file__).parents[1] / "reference" / "generation"
+# Regional networks come with inpainting's masks.
+LATER = {"sd15_regional"}
+CASES = sorted({path.parent.name for path in FOLDER.glob("*/case.json")} - LATER)
+
+
+def test_cases_are_there() -> None:
+    assert len(CASES) >= 20
+    assert all((FOLDER / name).is_dir() for name in LATER)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_case(name: str, tiny_sd15: Path, tiny_sd21: Path, tmp_path: Path) -> None:
+    case = json.loads((FOLDER / name / "case.json").read_text(encoding="utf-8"))
+    report = replay_case(FOLDER / name, {"sd15": tiny_sd15, "sd21": tiny_sd21}[case["family"]], tmp_path)
+    assert report.passed, report.line()

@@ -1,0 +1,258 @@
+"""Replays a recorded run of the picture script or of sample pictures: the recorded command line goes through the real
+script, and every recorded quantity is compared (format: tests/reference/generation/README.md)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from library.generation import passes
+from library.generation.command import open_engine, prompt_lines
+from library.generation.engine import Engine
+from library.generation.request import ImageRequest
+from library.generation.sampling import sample_name, sample_prompt
+from library.generation.session import Session
+from library.models.family import TextCondition, family
+from library.options.parser import build_parser, resolve
+from library.prompts.chunks import padded_ids
+
+SCRIPT = "gen_img_diffusers.py"
+# tests/reference/generation/README.md: 1e-5 for a call that is fed with the recorded input, 1e-4 over a whole run
+WHOLE_RUN = 1e-4
+LIMITS = {"prediction": 1e-5, "start_latents": 1e-5, "timesteps": 1e-6}
+# relative size of a float32 rounding of the largest input
+ROUNDING = 1e-7
+# What stands between the recorded time stamp and the end of a sample's name: step, place, seed.
+SAMPLE_STEP = 12
+
+
+@dataclass
+class Report:
+    """Largest error per quantity, relative to the quantity's largest value, and everything that is simply different."""
+
+    case: str
+    errors: dict[str, float] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+    def compare(self, quantity: str, ours: torch.Tensor, recorded: torch.Tensor) -> None:
+        if ours.shape != recorded.shape:
+            self.faults.append(f"{quantity}: shape {tuple(ours.shape)}, recorded {tuple(recorded.shape)}")
+            return
+        ours, recorded = ours.detach().double().cpu(), recorded.double()
+        error = (ours - recorded).abs().max() / recorded.abs().max().clamp(min=1e-12)
+        self.errors[quantity] = max(self.errors.get(quantity, 0.0), error.item())
+
+    @property
+    def passed(self) -> bool:
+        return not self.faults and all(error <= LIMITS.get(name, WHOLE_RUN) for name, error in self.errors.items())
+
+    def line(self) -> str:
+        errors = "  ".join(f"{name} {error:.1e}" for name, error in sorted(self.errors.items()))
+        faults = "".join(f"\n     {fault}" for fault in self.faults)
+        return f"{'ok  ' if self.passed else 'FAIL'} {self.case}: {errors}{faults}"
+
+
+class WatchedFamily:
+    """A family that keeps the inputs of every call of the U-Net."""
+
+    def __init__(self, own: Any) -> None:
+        self._own = own
+        self.inputs: list[torch.Tensor] = []
+        self.timesteps: list[torch.Tensor] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
+
+    def predict(self, unet: Any, latents: torch.Tensor, timesteps: torch.Tensor, *rest: Any, **more: Any) -> Any:
+        self.inputs.append(latents)
+        self.timesteps.append(timesteps[0].double())
+        return self._own.predict(unet, latents, timesteps, *rest, **more)
+
+
+class WatchedEngine(Engine):
+    """The engine, comparing what passes through it."""
+
+    trace: dict[str, torch.Tensor]
+    report: Report
+    given_text: TextCondition | None = None
+
+    def latents(self, requests: Sequence[ImageRequest], on_step: Any = None, text: Any = None) -> torch.Tensor:
+        trace, report = self.trace, self.report
+        self.networks.prepare_batch(requests[0].network_multipliers)
+        text = self.given_text or self.encode(requests)
+        report.compare("context", text.hidden[0], trace["context"])
+        self._compare_tokens(requests)
+        self._compare_predictions(requests)
+        own, self.family = self.family, WatchedFamily(self.family)
+        steps: list[torch.Tensor] = []
+        latents = super().latents(requests, lambda index, timestep, x: steps.append(x), text)
+        batch = len(requests)
+        report.compare("model_input", torch.stack(self.family.inputs)[:, :batch], trace["model_input"])
+        report.compare("timesteps", torch.stack(self.family.timesteps), trace["timesteps"])
+        report.compare("latents", torch.stack(steps), trace["latents"])
+        report.compare("final_latents", latents, trace["final_latents"])
+        self.family = own
+        return latents
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        images = super().decode(latents)
+        if "decoded" in self.trace:
+            self.report.compare("decoded", images, self.trace["decoded"])
+        if "image" in self.trace:
+            ours = (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+            self.report.compare("image", ours, self.trace["image"])
+        return images
+
+    def _compare_tokens(self, requests: Sequence[ImageRequest]) -> None:
+        if "tokens.0" not in self.trace:
+            return
+        from library.generation.text import special_ids
+
+        count = self.reader.chunk_count([text for r in requests for text in (r.prompt, r.negative_prompt)])
+        special = special_ids(self.reader.tokenizers[0])
+        rows = [padded_ids(self.reader.tokens(request.prompt)[0].ids, special, count) for request in requests]
+        if torch.tensor(rows).tolist() != self.trace["tokens.0"].tolist():
+            self.report.faults.append("token ids differ")
+
+    @torch.no_grad()
+    def _compare_predictions(self, requests: Sequence[ImageRequest]) -> None:
+        """Each call of the U-Net alone, fed with its recorded input.
+
+        A call that a rounding of its input moves further than the limit is told apart: there the original's own
+        runs (applied and merged network, one and two threads) differ by as much.
+        """
+        trace = self.trace
+        text = TextCondition([trace["context"]])
+        parts = len(trace["context"]) // len(requests)
+        largest = trace["model_output"].abs().max()
+
+        def call(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            rows = torch.cat([x] * parts)
+            return self.family.predict(self.model.unet, rows, timestep.expand(len(rows)), text, {})
+
+        for x, timestep, output in zip(trace["model_input"], trace["timesteps"], trace["model_output"], strict=True):
+            ours = call(x, timestep)
+            error = float((ours - output).abs().max() / largest)
+            quantity = "prediction"
+            if error > LIMITS[quantity]:
+                rounded = [x + ROUNDING * x.abs().max() * noise for noise in noises(x.shape)]
+                moved = max((call(other, timestep) - ours).abs().max() for other in rounded)
+                if moved / largest > LIMITS[quantity]:
+                    quantity = "prediction_ill_conditioned"
+            self.report.errors[quantity] = max(self.report.errors.get(quantity, 0.0), error)
+
+
+def noises(shape: torch.Size) -> list[torch.Tensor]:
+    return [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(6)]
+
+
+def watch(engine: Engine, trace: dict[str, torch.Tensor], report: Report) -> WatchedEngine:
+    engine.__class__ = WatchedEngine
+    assert isinstance(engine, WatchedEngine)
+    engine.trace, engine.report = trace, report
+    return engine
+
+
+class watched_noise:
+    """Compares the start latents inside the block; `scaled`: they were recorded after the sampler's factor."""
+
+    def __init__(self, trace: dict[str, torch.Tensor], report: Report, *, scaled: bool) -> None:
+        self.trace, self.report, self.scaled = trace, report, scaled
+
+    def __enter__(self) -> None:
+        self.original = passes.start_noise
+
+        def start_noise(*arguments: Any, sampler: str, **more: Any) -> torch.Tensor:
+            noise = self.original(*arguments, sampler=sampler, **more)
+            factor = passes.make_sampler(sampler).init_noise_sigma if self.scaled else 1.0
+            self.report.compare("start_latents", noise * factor, self.trace["start_latents"])
+            return noise
+
+        passes.start_noise = start_noise
+
+    def __exit__(self, *_: object) -> None:
+        passes.start_noise = self.original
+
+
+def replay_case(folder: Path, model: Path, scratch: Path) -> Report:
+    """Run one recorded case.
+
+    Args:
+        folder: with case.json and tensors.safetensors; the folder `data` is beside it.
+        model: the unpacked model file.
+        scratch: an empty folder to work in.
+    """
+    case = json.loads((folder / "case.json").read_text(encoding="utf-8"))
+    trace = load_file(folder / "tensors.safetensors")
+    report = Report(case["name"])
+    is_sample = "argv" not in case
+    with watched_noise(trace, report, scaled=is_sample):
+        if is_sample:
+            draw_sample(case, trace, report, model)
+        else:
+            draw_command(case, trace, report, folder.parent / "data", model, scratch)
+    return report
+
+
+def draw_command(
+    case: dict[str, Any], trace: dict[str, torch.Tensor], report: Report, data: Path, model: Path, scratch: Path
+) -> None:
+    argv = [argument.replace("DATA/", f"{data}/") for argument in case["argv"]]
+    outdir = scratch / "pictures"
+    args = build_parser(SCRIPT).parse_args([*argv, "--ckpt", str(model), "--outdir", str(outdir)])
+    options = resolve(args, SCRIPT)
+    engine = watch(open_engine(family("sd"), options.image_model, options.image), trace, report)
+    Session(options.image, engine, prompt_lines(options.image)).run()
+    compare_files(case, outdir, report)
+
+
+def draw_sample(case: dict[str, Any], trace: dict[str, torch.Tensor], report: Report, model: Path) -> None:
+    """A sample picture, from its recorded context: its text was read by other rules than ours."""
+    own = family("sd")
+    loaded = own.load(model, v2=case["family"] == "sd21", v_parameterization=case["v_parameterization"])
+    engine = Engine(own, loaded, sampler=case["sampler"], clip_skip=case["clip_skip"])
+    watched = watch(engine, trace, report)
+    watched.given_text = TextCondition([trace["context"]])
+    prompt = sample_prompt(case["prompt_line"])
+    width, height = prompt.size(own.default_size, own.size_multiple)
+    request = ImageRequest(
+        prompt=prompt.prompt,
+        negative_prompt=prompt.negative_prompt or "",
+        width=width,
+        height=height,
+        steps=prompt.steps,
+        scale=prompt.scale,
+        seed=prompt.seed or 0,
+    )
+    watched.generate([request])
+    name = sample_name("name", None, SAMPLE_STEP, 0, prompt.seed)
+    if without_stamp(name) != without_stamp(case["files"][0]):
+        report.faults.append(f"file {name}, recorded {case['files'][0]}")
+
+
+def compare_files(case: dict[str, Any], folder: Path, report: Report) -> None:
+    """Names without their time stamps, and the recorded text chunks."""
+    ours = {}
+    for path in folder.iterdir():
+        with Image.open(path) as image:
+            ours[without_stamp(path.name)] = image.text
+    recorded = {without_stamp(file["name"]): file["text"] for file in case["files"]}
+    if ours.keys() != recorded.keys():
+        report.faults.append(f"files {sorted(ours)}, recorded {sorted(recorded)}")
+    for name in ours.keys() & recorded.keys():
+        for key, value in recorded[name].items():
+            if ours[name].get(key) != value:
+                report.faults.append(f"{name}, {key}: {ours[name].get(key)!r}, recorded {value!r}")
+
+
+def without_stamp(name: str) -> str:
+    head, stamp, rest = name.split("_", 2)
+    assert len(stamp) == 14
+    return f"{head}_{rest}"
