@@ -20,7 +20,8 @@ from library.training.draws import Draws
 from library.training.feed import DataFeed
 from library.training.guard import FiniteGuard
 from library.training.hooks import Hooks, refuse_strategy_overrides
-from library.training.latents import LatentEncoder
+from library.training.hub import download_state
+from library.training.latents import LatentEncoder, move_vae
 from library.training.logbook import LogBook
 from library.training.network_record import NetworkRecord
 from library.training.optimizers import Built, make_optimizer
@@ -28,10 +29,12 @@ from library.training.report import show_settings
 from library.training.run import Position, Run
 from library.training.samples import SamplePictures
 from library.training.saver import Saver
+from library.training.saving import network_extension
 from library.training.scaler import make_scaler
 from library.training.schedules import make_lr_schedule
 from library.training.state import load_state
 from library.training.targets.network import NetworkTarget
+from library.training.trackers import choose_trackers, start_trackers
 
 if TYPE_CHECKING:
     import argparse
@@ -71,7 +74,7 @@ def network_run(trainer: NetworkTrainer, args: argparse.Namespace, draws: Draws 
     hooks.assert_extra_args(args, group)
     options = resolve(args)
 
-    processes = start(options, args)
+    processes, has_trackers = start(options)
     draws = draws or Draws(args.seed, processes.device)
     dtype = weight_dtype(options.precision.mixed_precision)
     with processes.in_turn():
@@ -135,7 +138,7 @@ def network_run(trainer: NetworkTrainer, args: argparse.Namespace, draws: Draws 
         network.to(dtype)
     network.prepare_grad_etc(network_setup.encoders_argument(model), model.unet)
     if not options.dataset.cache_latents:
-        model.vae.to(processes.device, vae_dtype)
+        move_vae(model.vae, processes.device, vae_dtype)
     if options.model.v_parameterization:
         log.info("training on velocity")
     options = resolve(args).replace(**effective_changes(args, options))
@@ -144,14 +147,11 @@ def network_run(trainer: NetworkTrainer, args: argparse.Namespace, draws: Draws 
         trainer=trainer,
         args=args,
         options=options,
-        group=group,
         feed=feed,
-        model=model,
+        version=model.version,
         built=built,
-        network_args=network_args,
-        processes=processes,
+        network_args=network_args if options.network.network_args else None,
         epochs=epochs,
-        steps=steps,
     )
     run = Run(
         target=target,
@@ -182,11 +182,18 @@ def network_run(trainer: NetworkTrainer, args: argparse.Namespace, draws: Draws 
             total=steps,
             pictures_per_update=pictures_per_update(group, feed),
             group_names=names,
-            log_to=trackers(options, processes),
+            log_to=processes.accelerator.log if has_trackers else None,
             hooks=hooks,
             args=args,
         ),
-        saver=Saver(options.saving, hub=options.hub, live=args, record=record, main=processes.is_main),
+        saver=Saver(
+            options.saving,
+            extension=network_extension(options.saving),
+            main=processes.is_main,
+            metadata=record,
+            hub=options.hub,
+            live=args,
+        ),
         samples=SamplePictures(
             options.samples,
             live=args,
@@ -201,31 +208,23 @@ def network_run(trainer: NetworkTrainer, args: argparse.Namespace, draws: Draws 
     show_settings(options, run)
     if options.loop.dry_run:
         return None
+    if has_trackers:
+        start_trackers(processes.accelerator, options.logging, "network_train", vars(args))
     resume(run, options)
     return run
 
 
-def start(options: Resolved, args: Any) -> Processes:
-    """Join the processes of the launch, with trackers prepared."""
-    from library.training.metrics import tracker_setup
-
-    log_with, project_dir = tracker_setup(options.logging)
-    return start_processes(
+def start(options: Resolved) -> tuple[Processes, bool]:
+    """Join the processes of the launch, with trackers opened; tells whether there are any."""
+    choice = choose_trackers(options.logging)
+    processes = start_processes(
         mixed_precision=options.precision.mixed_precision,
         gradient_accumulation_steps=options.loop.gradient_accumulation_steps,
-        log_with=log_with,
-        project_dir=project_dir,
+        log_with=choice.log_with,
+        project_dir=choice.project_dir,
         ddp_timeout=options.distributed.ddp_timeout,
     )
-
-
-def trackers(options: Resolved, processes: Processes) -> Any:
-    """`log(values, step)` of the trackers that the options ask for, or None."""
-    from library.training.metrics import start_trackers
-
-    if not start_trackers(processes.accelerator, options, default_name="network_train"):
-        return None
-    return lambda values, step: processes.accelerator.log(values, step=step)
+    return processes, choice.log_with is not None
 
 
 def place_models(
@@ -330,9 +329,7 @@ def resume(run: Run, options: Resolved) -> None:
     if loop.resume:
         folder = Path(loop.resume)
         if options.hub.resume_from_huggingface:
-            from library.training.hub import download_state
-
-            folder = download_state(options.hub, loop.resume)
+            folder = download_state(loop.resume, options.hub.huggingface_token)
         load_state(run, folder)
         if run.position.step >= run.max_steps:
             raise UserError(

@@ -16,6 +16,7 @@ from library.messages import UserError, log
 from library.runtime.processes import Processes
 from library.training.caption_tokens import CaptionTokens
 from library.training.draws import Draws
+from library.training.latents import move_vae
 from library.training.model_setup import CacheEncoder
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def cache_group_latents(
     config = options.dataset
     if not group.is_latent_cacheable():
         raise UserError("--cache_latents with --color_aug or --random_crop", "leave one of them out")
-    model.vae.to(processes.device, vae_dtype)
+    move_vae(model.vae, processes.device, vae_dtype)
     encoder = CacheEncoder(model.vae, draws, processes.device)
     cache_latents(
         group.datasets,
@@ -92,4 +93,4 @@ def cache_group_latents(
     for dataset in group.datasets:
         if hasattr(dataset, "cache_latents") and not hasattr(dataset, "memory_latents"):
             dataset.cache_latents(model.vae, config.vae_batch_size, config.cache_latents_to_disk, processes.is_main)
-    model.vae.to("cpu")
+    move_vae(model.vae, "cpu")

@@ -35,15 +35,18 @@ class Uploads:
         """Whether state folders are sent."""
         return self.wanted and self.config.save_state_to_huggingface
 
-    def send(self, path: str | Path, *, last: bool = False) -> None:
-        """Send a file or folder under its own name; in the background with `--async_upload` unless it is the last."""
+    def send(self, path: str | Path, *, last: bool = False, name: str | None = None) -> None:
+        """Send a file or folder, under its own name unless another is given.
+
+        With `--async_upload` that happens in the background, except for the last file.
+        """
         if self.wanted:
-            self._send(Path(path), background=self.config.async_upload and not last)
+            self._send(Path(path), self.config.async_upload and not last, name)
 
     def send_state(self, folder: str | Path) -> None:
         """Send a state folder, with `--save_state_to_huggingface`."""
         if self.states_wanted:
-            self._send(Path(folder), background=self.config.async_upload)
+            self._send(Path(folder), self.config.async_upload)
 
     def is_busy(self, path: str | Path) -> bool:
         """Whether this path is being sent and must stay where it is."""
@@ -56,10 +59,10 @@ class Uploads:
             thread.join()
         self._running.clear()
 
-    def _send(self, path: Path, background: bool) -> None:
+    def _send(self, path: Path, background: bool, name: str | None = None) -> None:
         config = self.config
         folder = (config.huggingface_path_in_repo or "").rstrip("/")
-        destination = f"{folder}/{path.name}" if folder else path.name
+        destination = "/".join(part for part in (folder, name or path.name) if part)
         _make_repository(config)
         if not background:
             _upload(config, path, destination)

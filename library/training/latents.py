@@ -45,9 +45,9 @@ class LatentEncoder:
 
     def _encode_in_float32(self, images: torch.Tensor, batch: Batch, place: Place) -> torch.Tensor:
         dtype = self.vae.dtype
-        self.vae.to(torch.float32)
+        move_vae(self.vae, torch.float32)
         latents = self.draws.posterior(place, encode(self.vae, images, torch.float32, self.batch_size))
-        self.vae.to(dtype)
+        move_vae(self.vae, dtype)
         finite = torch.isfinite(latents).flatten(1).all(1).tolist()
         if not all(finite):
             keys = [key for key, good in zip(batch.get("image_keys") or [], finite, strict=False) if not good]
@@ -56,6 +56,11 @@ class LatentEncoder:
                 "look at that picture, or replace the VAE with --vae",
             )
         return latents
+
+
+def move_vae(vae: Any, *where: Any) -> None:
+    """Move or cast the VAE; diffusers' own `to` warns of half precision at every call."""
+    torch.nn.Module.to(vae, *where)
 
 
 class Posterior:

@@ -40,7 +40,7 @@ class LogBook:
         total: updates of the whole run.
         pictures_per_update: over all processes, for the speed shown.
         group_names: one per optimizer group.
-        log_to: `log(values, step)` of the active trackers, or None.
+        log_to: `log(values, step=...)` of the active trackers, or None.
         hooks, args: a trainer's hooks and its live namespace, where there is one.
     """
 
@@ -111,7 +111,7 @@ class LogBook:
             self.hooks.call("step_logging", run.processes.accelerator, logs, entry.step, entry.epoch)
             return
         logs = step_logs(loss, average, entry.rates, self.group_names, optimizer=run.optimizer, **values)
-        self.log_to(logs, entry.step)
+        self.log_to(logs, step=entry.step)
 
     def open(self, run: Run) -> None:
         """Show the progress from here on."""
@@ -128,7 +128,7 @@ class LogBook:
         self.flush(run)
         epoch, loss = run.position.epoch, self.recorder.moving_average
         if run.processes.is_main and self.log_to is not None:
-            self.log_to({"loss/epoch": loss, "epoch": epoch}, epoch)
+            self.log_to({"loss/epoch": loss, "epoch": epoch}, step=epoch)
         log.debug("epoch %d: loss %.4g", epoch, loss)
 
     def close(self, run: Run) -> None:

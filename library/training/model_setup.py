@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from library.models.family import LoadedModel
-from library.training.latents import encode
+from library.training.latents import encode, move_vae
 
 if TYPE_CHECKING:
     from library.options.parser import Resolved
@@ -64,8 +64,8 @@ class CacheEncoder:
     def exact(self, images: torch.Tensor) -> torch.Tensor:
         """The same in float32, for pictures whose latents were not finite."""
         dtype = self.vae.dtype
-        self.vae.to(torch.float32)
+        move_vae(self.vae, torch.float32)
         try:
             return self(images)
         finally:
-            self.vae.to(dtype)
+            move_vae(self.vae, dtype)

@@ -19,7 +19,8 @@ def command(tiny_sd15: Path, tmp_path: Path) -> Callable[..., list[str]]:
         return [
             *("--pretrained_model_name_or_path", str(tiny_sd15)),
             *("--train_data_dir", str(PICTURES), "--caption_extension", ".txt"),
-            *("--resolution", "64,64", "--train_batch_size", "2"),
+            *("--resolution", "96,96", "--enable_bucket", "--min_bucket_reso", "64", "--max_bucket_reso", "256"),
+            *("--bucket_reso_steps", "32", "--train_batch_size", "2"),
             *("--network_module", "networks.lora", "--network_dim", "2"),
             *("--learning_rate", "1e-3", "--seed", "1", "--max_data_loader_n_workers", "0"),
             *("--output_dir", str(tmp_path / output), "--output_name", "x"),

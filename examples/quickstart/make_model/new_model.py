@@ -16,7 +16,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
+from transformers import CLIPTextConfig
+
+from library.models.clip_text_model import CLIPTextModel
+from library.models.dimensions import TextDimensions
 from library.models.family import LoadedModel, family
+from library.models.text_encoders import text_config
 from library.models.unet_sd import UNet2DConditionModel
 
 WIDTH = 64
@@ -34,17 +39,8 @@ def new_unet() -> torch.nn.Module:
 
 
 def new_text_encoder() -> torch.nn.Module:
-    from library.models.text_encoders import new_clip_text_model
-
-    encoder = new_clip_text_model(
-        {
-            "hidden_size": WIDTH,
-            "intermediate_size": 4 * WIDTH,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 1,
-            "hidden_act": "quick_gelu",
-        }
-    )
+    config = text_config(TextDimensions(width=WIDTH, layers=2, intermediate=4 * WIDTH))
+    encoder = CLIPTextModel(CLIPTextConfig(**config))
     torch.nn.init.normal_(encoder.get_input_embeddings().weight, std=1.0)
     return encoder
 

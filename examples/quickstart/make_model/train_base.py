@@ -17,13 +17,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
-from library.training.saver import Saver
-
 from library import messages
 from library.data.cache import cache_latents
 from library.data.config import resolve_datasets
+from library.data.config_schema import Support
 from library.data.dataset import build_group
-from library.data.sources import Support, scan
+from library.data.sources import scan
 from library.diffusion.schedule import make_schedule
 from library.models.family import family
 from library.models.tokenizers import input_ids
@@ -43,6 +42,7 @@ from library.training.model_setup import CacheEncoder
 from library.training.optimizers import make_optimizer
 from library.training.run import Position, Run
 from library.training.samples import SamplePictures
+from library.training.saver import Saver
 from library.training.schedules import make_lr_schedule
 from library.training.state import load_state
 from library.training.targets.model import ModelTarget
