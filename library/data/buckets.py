@@ -102,6 +102,7 @@ class BucketRule:
         return self._fit_own(size) if self.sizes is None else self._fit_list(size)
 
     def _fit_list(self, size: Size) -> Fit:
+        assert self.sizes is not None
         width, height = size
         ratio = width / height
         bucket = size if size in self._known else self.sizes[int(np.abs(self._ratios - ratio).argmin())]

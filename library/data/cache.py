@@ -368,7 +368,7 @@ def _cache_in_memory(datasets: Sequence[Dataset], tasks: Sequence[Task], encoder
     entries: dict[int, CachedLatents] = {}
     encoder.run(tasks, lambda task, entry, state: entries.__setitem__(id(task), entry))
     for dataset in datasets:
-        dataset.memory_latents = [None] * len(dataset.items)
+        dataset.memory_latents = [None for _ in dataset.items]
     for batch in encoding_batches(tasks, len(tasks) or 1):
         # One tensor per size: loader workers that are spawned share a few large blocks instead of many small ones.
         made = [entries.pop(id(task)) for task in batch]

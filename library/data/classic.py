@@ -53,9 +53,8 @@ def trim_and_resize_if_required(
     """
     original = (image.shape[1], image.shape[0])
     draw = cast(random.Random, random) if random_crop else None
-    image, _ = images.crop_to_bucket(
-        image, tuple(reso), tuple(resized_size), draw=draw, interpolation=resize_interpolation
-    )
+    bucket, resized = (reso[0], reso[1]), (resized_size[0], resized_size[1])
+    image, _ = images.crop_to_bucket(image, bucket, resized, draw=draw, interpolation=resize_interpolation)
     return image, original, crop_ltrb(reso, original)
 
 
@@ -90,7 +89,7 @@ class BucketManager:
 
     def set_predefined_resos(self, resos: Sequence[Size]) -> None:
         """Choose from these sizes."""
-        self.predefined_resos = [tuple(reso) for reso in resos]
+        self.predefined_resos = [(width, height) for width, height in resos]
         self._rule = BucketRule(self.predefined_resos)
 
     def select_bucket(self, image_width: int, image_height: int) -> tuple[Size, Size, float]:

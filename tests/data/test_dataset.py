@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from library.data import images
 from library.data.batch import Batch
 from library.data.dataset import build_group
 from library.data.loader import make_loader
+from library.data.plan import PlannedBatch
 from library.data.records import DatasetSettings, Item, ScanResult, SubsetSettings
+from library.data.sources import scan
 from library.messages import UserError
 from tests.data.conftest import ByteTokens
 
@@ -244,3 +248,42 @@ def test_replacements_reach_the_captions(shapes, make_group):
 def test_resolution_is_needed():
     with pytest.raises(UserError, match="resolution"):
         build_group([DatasetSettings()], [ScanResult()], tokenize=None, seed=0)
+
+
+RECORDED = ["sd15_lora", "sd15_lora_conv_snr_accum", "sd15_lora_weighted_captions", "sd21_lora_v"]
+
+
+@pytest.mark.parametrize("case", RECORDED)
+def test_pictures_and_numbers_of_recorded_runs(reference, case):
+    """Pictures, captions and sizes of the original's batches, read from the same files."""
+    folder = reference / "training" / case
+    recorded = json.loads((folder / "case.json").read_text(encoding="utf-8"))
+    trace = load_file(folder / "trace.safetensors")
+    options = dict(zip(recorded["options"], [*recorded["options"][1:], ""], strict=True))
+    width, height = map(int, options["--resolution"].split(","))
+    settings = DatasetSettings(
+        resolution=(width, height),
+        enable_bucket=True,
+        min_bucket_reso=int(options["--min_bucket_reso"]),
+        max_bucket_reso=int(options["--max_bucket_reso"]),
+        bucket_reso_steps=int(options["--bucket_reso_steps"]),
+        subsets=(SubsetSettings(image_dir=str(reference / "data" / "train" / "1_shape"), caption_extension=".txt"),),
+    )
+    dataset = build_group([settings], [scan(settings)], tokenize=None, seed=0).datasets[0]
+    names = [Path(item.path).name for item in dataset.items]
+    compared = 0
+    for number, step in enumerate(recorded["steps"]):
+        items = tuple(names.index(Path(file).name) for file in step["image_files"])
+        assert len({dataset.items[item].bucket for item in items}) == 1
+        planned = PlannedBatch(0, dataset.items[items[0]].bucket, items, (0,) * len(items))
+        batch = dataset.batch(planned, epoch=1, step=number)
+        assert batch["captions"] == step["captions"]
+        pooled = torch.nn.functional.avg_pool2d(batch["images"], 8)
+        assert pooled.shape[-2:] == trace[f"step{number}.latents"].shape[-2:]
+        if "--cache_latents" not in options:
+            torch.testing.assert_close(pooled, trace[f"step{number}.images_pool8"].float(), atol=1e-3, rtol=0)
+        for name in ("original_sizes_hw", "crop_top_lefts", "target_sizes_hw"):
+            assert batch[name].tolist() == trace[f"step{number}.{name}"].tolist()
+        assert batch["loss_weights"].tolist() == trace[f"step{number}.loss_weights"].tolist()
+        compared += 1
+    assert compared == recorded["micro_steps"]
