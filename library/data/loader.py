@@ -11,6 +11,7 @@ import cv2
 import torch
 from torch.utils.data import DataLoader
 
+from library.data.listing import picture_suffixes
 from library.data.plan import EpochPlan, PlannedBatch
 from library.messages import UserError
 from library.runtime.streams import stream_seed
@@ -147,6 +148,7 @@ def _start_worker(_: int) -> None:
     # The main process finishes its step on Ctrl-C and ends the workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     cv2.setNumThreads(0)
+    picture_suffixes()  # a spawned worker has not loaded Pillow's plug-ins yet
 
 
 def _fetch(loader: DataLoader) -> Iterator[Batch]:

@@ -32,10 +32,18 @@ class Described(Protocol):
     def num_reg_images(self) -> int: ...
 
 
-def describe(datasets: Sequence[Described]) -> list[str]:
-    """The report, a line each: settings, subsets with picture counts, repeats, buckets with batches."""
+def describe(datasets: Sequence[Any]) -> list[str]:
+    """The report, a line each: settings, subsets with picture counts, repeats, buckets with batches.
+
+    Args:
+        datasets: members of a group; those of foreign classes get one line.
+    """
     lines = []
-    for number, dataset in enumerate(datasets, 1):
+    for number, member in enumerate(datasets, 1):
+        dataset: Described | None = getattr(member, "core", member)
+        if dataset is None or not hasattr(dataset, "settings"):
+            lines.append(f"data set {number}: {type(member).__name__}, {len(member)} batches")
+            continue
         lines.append(f"data set {number}: {_settings_text(dataset.settings)}")
         lines += (f"  {text}" for text in _subset_lines(dataset))
         lines.append(f"  {_sum_text(dataset)}")

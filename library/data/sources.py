@@ -78,6 +78,8 @@ def scan(settings: DatasetSettings, *, seed: int = 0) -> ScanResult:
         )
     result.items = regular + balance(regularisation, result.num_train_images)
     result.notes += _size_notes(regular, settings)
+    if result.validation:
+        result.notes.append(f"{len(result.validation)} pictures are held out for validation")
     return result
 
 

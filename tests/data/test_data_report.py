@@ -53,3 +53,11 @@ def test_a_data_set_without_buckets_has_no_table(tmp_path: Path) -> None:
         f"  {tmp_path}: 1 pictures x 1 repeats",
         "  1 training pictures per epoch, repeats counted; 1 batches on one process",
     ]
+
+
+def test_a_foreign_data_set_gets_one_line() -> None:
+    class Foreign:
+        def __len__(self) -> int:
+            return 7
+
+    assert describe([Foreign()]) == ["data set 1: Foreign, 7 batches"]

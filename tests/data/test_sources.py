@@ -225,6 +225,7 @@ def test_validation_pictures_are_held_out_of_training(tmp_path: Path) -> None:
     assert {item.repeats for item in found.validation} == {1}
     assert found.num_train_images == 24
     assert found.image_counts == [8, 10]
+    assert "2 pictures are held out for validation" in found.notes
     unseeded = settings_of(*subsets, validation_split=0.25)
     held_out = [[item.key for item in sources.scan(unseeded, seed=seed).validation] for seed in (1, 1, 2)]
     assert held_out[0] == held_out[1] != held_out[2]
