@@ -17,7 +17,6 @@ _CONFIG = (
     "FineTuningDatasetParams",
     "FineTuningSubsetParams",
     "SubsetBlueprint",
-    "add_config_arguments",
     "generate_controlnet_subsets_config_by_subdirs",
     "generate_dataset_group_by_blueprint",
     "generate_dreambooth_subsets_config_by_subdirs",
@@ -28,6 +27,8 @@ NAMES = {
     **{name: f"library.training.classic_config:{name}" for name in _CONFIG},
     "DreamBoothDataset": "library.training.classic_datasets:DreamBoothDataset",
     "DreamBoothSubset": "library.training.classic_datasets:DreamBoothSubset",
+    # options
+    "add_config_arguments": "library.options.groups:add_config_arguments",
     # data
     "DatasetGroup": "library.data.dataset:DatasetGroup",
     # the other porch, which callers reach through this one

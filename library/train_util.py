@@ -3,6 +3,15 @@
 from library.porch import porch
 
 NAMES = {
+    # options
+    "add_dataset_arguments": "library.options.groups:add_dataset_arguments",
+    "add_masked_loss_arguments": "library.options.groups:add_masked_loss_arguments",
+    "add_optimizer_arguments": "library.options.groups:add_optimizer_arguments",
+    "add_sd_models_arguments": "library.options.groups:add_sd_models_arguments",
+    "add_training_arguments": "library.options.groups:add_training_arguments",
+    "read_config_from_file": "library.options.porch_adapters:read_config_from_file",
+    "verify_command_line_training_args": "library.options.porch_adapters:verify_command_line_training_args",
+    "verify_training_args": "library.options.porch_adapters:verify_training_args",
     # data
     "BucketManager": "library.data.classic:BucketManager",
     "IMAGE_EXTENSIONS": "library.data.classic:IMAGE_EXTENSIONS",
@@ -21,6 +30,7 @@ NAMES = {
     "IMAGE_TRANSFORMS": "library.data.classic:image_transforms",
     "glob_images": "library.data.listing:glob_images",
     "glob_images_pathlib": "library.data.listing:glob_images_pathlib",
+    "prepare_dataset_args": "library.data.porch_adapters:prepare_dataset_args",
     # training: data sets with the old constructors
     "BaseDataset": "library.training.classic_datasets:BaseDataset",
     "BaseSubset": "library.training.classic_datasets:BaseSubset",
@@ -36,5 +46,22 @@ NAMES = {
     # models
     "FlashAttentionFunction": "library.models.old_attention:FlashAttentionFunction",
     "UNet2DConditionModel": "library.models.unet_sd:UNet2DConditionModel",
+    "TOKENIZER_PATH": "library.models.porch_adapters:TOKENIZER_PATH",
+    "V2_STABLE_DIFFUSION_PATH": "library.models.porch_adapters:V2_STABLE_DIFFUSION_PATH",
+    "_load_target_model": "library.models.porch_adapters:load_target_model_on",
+    "addnet_hash_legacy": "library.models.hashes:legacy_hash_of",
+    "addnet_hash_safetensors": "library.models.hashes:safetensors_data_hash_of",
+    "calculate_sha256": "library.models.hashes:calculate_sha256",
+    "get_hidden_states": "library.models.porch_adapters:get_hidden_states",
+    "get_sai_model_spec": "library.models.porch_adapters:get_sai_model_spec",
+    "load_metadata_from_safetensors": "library.models.modelspec:load_metadata_from_safetensors",
+    "load_target_model": "library.models.porch_adapters:load_target_model",
+    "load_tokenizer": "library.models.porch_adapters:load_tokenizer_of_args",
+    "model_hash": "library.models.hashes:model_hash",
+    "model_util": "library.model_util:",
+    "precalculate_safetensors_hashes": "library.models.hashes:network_hashes",
+    "sai_model_spec": "library.sai_model_spec:",
+    "transform_if_model_is_DDP": "library.models.porch_adapters:transform_if_model_is_DDP",
+    "transform_models_if_DDP": "library.models.porch_adapters:transform_models_if_DDP",
 }
 __getattr__, __dir__ = porch(__name__, NAMES)
