@@ -42,14 +42,16 @@ def make_sampler(name: str, *, v_prediction: bool = False) -> Any:
     """
     import diffusers
 
+    from library.diffusion.schedule import BETA_END, BETA_SCHEDULE, BETA_START, TIMESTEPS
+
     info = sampler_info(name)
     scheduler_class = getattr(diffusers, info.scheduler)
     known = inspect.signature(scheduler_class.__init__).parameters
     settings = {
-        "num_train_timesteps": 1000,
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
+        "num_train_timesteps": TIMESTEPS,
+        "beta_start": BETA_START,
+        "beta_end": BETA_END,
+        "beta_schedule": BETA_SCHEDULE,
         "prediction_type": "v_prediction" if v_prediction else "epsilon",
         "steps_offset": 1,
         "clip_sample": False,

@@ -9,6 +9,7 @@ import torch
 TIMESTEPS = 1000
 BETA_START = 0.00085
 BETA_END = 0.012
+BETA_SCHEDULE = "scaled_linear"
 
 
 @dataclass(frozen=True, slots=True)

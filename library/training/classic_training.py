@@ -7,18 +7,14 @@ from __future__ import annotations
 
 import os
 import shutil
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from library.messages import UserError, log
-from library.models.modelspec import Kind, metadata_of_run
+from library.messages import log
 from library.options.declare import from_namespace
 from library.options.hub import HubConfig
 from library.options.logging import LoggingConfig
-from library.options.metadata import MetadataConfig
 from library.options.optimizer import OptimizerConfig
 from library.options.saving import SavingConfig
 from library.training import saving
@@ -158,47 +154,6 @@ def resume_from_local_or_hf_if_specified(accelerator: Any, args: Any) -> None:
     accelerator.load_state(folder)
 
 
-def get_sai_model_spec(
-    state_dict: Any,
-    args: Any,
-    sdxl: bool,
-    lora: bool,
-    textual_inversion: bool,
-    is_stable_diffusion_ckpt: bool | None = None,
-    sd3: str | None = None,
-    flux: str | None = None,
-    lumina: str | None = None,
-    optional_metadata: dict[str, Any] | None = None,
-) -> dict[str, str]:
-    """The `modelspec.*` texts of a file made by a script.
-
-    Raises:
-        UserError: one of the families that this program does not know.
-    """
-    foreign = {"sd3": sd3, "flux": flux, "lumina": lumina}
-    for name, value in foreign.items():
-        if value is not None:
-            raise UserError(f"{name} models are not known here", "use SD 1.x, SD 2.x or SDXL")
-    kind: Kind = "lora" if lora else "textual_inversion" if textual_inversion else "checkpoint"
-    texts = metadata_of_run(
-        from_namespace(MetadataConfig, args),
-        kind=kind,
-        v2=bool(getattr(args, "v2", False)),
-        v_parameterization=bool(getattr(args, "v_parameterization", False)),
-        sdxl=sdxl,
-        timestamp=time.time(),
-        output_name=getattr(args, "output_name", None),
-        resolution=getattr(args, "resolution", None),
-        min_timestep=getattr(args, "min_timestep", None),
-        max_timestep=getattr(args, "max_timestep", None),
-        clip_skip=getattr(args, "clip_skip", None),
-        is_stability_layout=is_stable_diffusion_ckpt,
-    )
-    for name, value in (optional_metadata or {}).items():
-        texts[name if name.startswith("modelspec.") else f"modelspec.{name}"] = str(value)
-    return texts
-
-
 def append_lr_to_logs(
     logs: dict[str, Any], lr_scheduler: Any, optimizer_type: str, including_unet: bool = True
 ) -> None:
@@ -237,11 +192,6 @@ def upload(args: Any, src: str | Path, dest_suffix: str = "", force_sync_upload:
     """
     uploads = Uploads(from_namespace(HubConfig, args))
     uploads.send(src, last=force_sync_upload, name=dest_suffix.strip("/") or None)
-
-
-def fire_in_thread(f: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Call `f` in a thread that keeps the program alive until it is done."""
-    threading.Thread(target=f, args=args, kwargs=kwargs).start()
 
 
 def _save_model(
