@@ -88,7 +88,9 @@ NAMES = {
     "resume_from_local_or_hf_if_specified": "library.training.classic_training:resume_from_local_or_hf_if_specified",
     "save_and_remove_state_on_epoch_end": "library.training.classic_training:save_and_remove_state_on_epoch_end",
     "save_and_remove_state_stepwise": "library.training.classic_training:save_and_remove_state_stepwise",
-    "save_sd_model_on_epoch_end_or_stepwise_common": "library.training.classic_training:save_sd_model_on_epoch_end_or_stepwise_common",
+    "save_sd_model_on_epoch_end_or_stepwise_common": (
+        "library.training.classic_training:save_sd_model_on_epoch_end_or_stepwise_common"
+    ),
     "save_sd_model_on_train_end_common": "library.training.classic_training:save_sd_model_on_train_end_common",
     "save_state_on_train_end": "library.training.classic_training:save_state_on_train_end",
     "get_git_revision_hash": "library.training.metadata:git_revision",

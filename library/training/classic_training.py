@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,11 @@ def upload(args: Any, src: str | Path, dest_suffix: str = "", force_sync_upload:
     """
     uploads = Uploads(from_namespace(HubConfig, args))
     uploads.send(src, last=force_sync_upload, name=dest_suffix.strip("/") or None)
+
+
+def fire_in_thread(f: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Call `f` in a thread that keeps the program alive until it is done."""
+    threading.Thread(target=f, args=args, kwargs=kwargs).start()
 
 
 def _save_model(
