@@ -41,6 +41,17 @@ def test_output_and_gradients(backend: str, heads: int) -> None:
         torch.testing.assert_close(actual, want, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("size", [4, 8, 15, 16])
+def test_small_heads_on_many_tokens(size: int) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, n, 2 * size, requires_grad=True) for n in (256, 77, 77))
+    out, expected = attention(q, k, v, 2), reference(q, k, v, 2)
+    torch.testing.assert_close(out.double(), expected, atol=3e-6, rtol=0)
+    wanted = torch.autograd.grad(expected.square().sum(), (q, k, v))
+    for actual, want in zip(torch.autograd.grad(out.square().sum(), (q, k, v)), wanted, strict=True):
+        torch.testing.assert_close(actual, want, atol=2e-5, rtol=0)
+
+
 @pytest.mark.parametrize("backend", ["sdpa", "plain"])
 def test_split_heads_form(backend: str) -> None:
     q, k, v = inputs()
