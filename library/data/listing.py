@@ -24,7 +24,7 @@ def picture_suffixes() -> tuple[str, ...]:
     """
     from PIL import features
 
-    found = list(SUFFIXES)
+    found: list[str] = [*SUFFIXES]
     for suffix, modules in _PLUGINS.items():
         if any(_imports(module) for module in modules) or (suffix == ".avif" and features.check("avif")):
             found.append(suffix)
