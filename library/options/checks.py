@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.messages import UserError, warn_once
+from library.options.not_yet import refuse_not_yet
 from library.options.registries import SCHEDULES, find_optimizer, find_schedule, nearest
 from library.options.scripts import find_script
 from library.options.values import key_values
@@ -25,6 +26,7 @@ def check(options: Resolved) -> None:
         UserError: the first combination that cannot work.
     """
     check_required(options)
+    refuse_not_yet(options)
     for concern, function in _CHECKS:
         if concern in options:
             function(options)
@@ -179,8 +181,6 @@ def check_precision(options: Resolved) -> None:
     for name, kind in (("full_fp16", "fp16"), ("full_bf16", "bf16")):
         if getattr(precision, name) and precision.mixed_precision != kind:
             raise UserError(f"--{name} without --mixed_precision {kind}", f"add --mixed_precision {kind}")
-    if (precision.fp8_base or precision.fp8_base_unet) and precision.mixed_precision == "no":
-        raise UserError("--fp8_base without mixed precision", "add --mixed_precision bf16 or fp16")
     _at_least(precision, 1, "gradient_checkpointing_interval")
 
 

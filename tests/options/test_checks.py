@@ -35,7 +35,6 @@ def options(line: str = "", data: bool = True) -> Resolved:
         ("--full_fp16", "--mixed_precision fp16"),
         ("--full_bf16 --mixed_precision fp16", "--mixed_precision bf16"),
         ("--full_fp16 --full_bf16 --mixed_precision fp16", "--full_bf16"),
-        ("--fp8_base", "--mixed_precision"),
         ("--log_with tensorboard", "--logging_dir"),
         ("--log_with all", "--logging_dir"),
         ("--network_train_unet_only --network_train_text_encoder_only", "nothing to train"),

@@ -1,0 +1,89 @@
+"""No option is parsed and ignored: each is read somewhere, refused, or known to do nothing."""
+
+from __future__ import annotations
+
+import ast
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from library.generation.checks import NOT_SUPPORTED_YET
+from library.messages import UserError
+from library.options.effects import NEEDS
+from library.options.not_yet import NOT_YET
+from library.options.parser import build_parser, parse, resolve
+from library.options.scripts import SCRIPTS, find_script
+
+ROOT = Path(__file__).parent.parent.parent
+TRAIN = ["--pretrained_model_name_or_path", "m", "--network_module", "n", "--output_dir", "o", "--train_data_dir", "d"]
+
+# Read by the parser itself.
+OF_THE_PARSER = {"config_file", "output_config", "strict", "dump_schema"}
+# Does nothing by design, and `effects.py` says so when it is given.
+NOTHING_TO_DO = {"highvram", "ddp_gradient_as_bucket_view", "ddp_static_graph"}
+# Tunes a feature that is still to come.
+TUNING = {
+    "train_network.py": (r"zero\w+|offload_\w+|fp16_master_weights_and_gradients|valid\w+|max_validation_steps",),
+    "gen_img_diffusers.py": (r"highres_fix_\w+|control_net_\w+|vgg16_\w+|ds_\w+|gradual_latent_\w+",),
+}
+
+
+@cache
+def names_read() -> tuple[set[str], list[re.Pattern]]:
+    """Attribute names, texts, and patterns of composed texts in the code that works with options."""
+    names, patterns = set(), []
+    for path in [*(ROOT / "library").rglob("*.py"), *(ROOT / "networks").rglob("*.py")]:
+        if "options" in path.parts or re.search(r"classic|porch|metadata", path.name):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute):
+                names.add(node.attr)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                names.add(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                parts = [re.escape(v.value) if isinstance(v, ast.Constant) else r"\w+" for v in node.values]
+                if re.fullmatch(r"[a-z_]+(\\w\+)?[a-z_]*", "".join(parts)) and len("".join(parts)) > 9:
+                    patterns.append(re.compile("".join(parts)))
+    return names, patterns
+
+
+def is_read(dest: str) -> bool:
+    names, patterns = names_read()
+    return dest in names or any(p.fullmatch(dest) for p in patterns)
+
+
+def refused(script: str) -> set[str]:
+    return set(NOT_YET.get(script, ())) | (set(NOT_SUPPORTED_YET) if script == "gen_img_diffusers.py" else set())
+
+
+# Read where the metadata are made only, which is their purpose.
+METADATA_ONLY = {"training_comment"}
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS))
+def test_every_option_is_read_or_refused(script: str) -> None:
+    ignored = [
+        option.dest
+        for option in find_script(script).options()
+        if not is_read(option.dest)
+        and option.dest not in OF_THE_PARSER | NOTHING_TO_DO | METADATA_ONLY | refused(script)
+        and not any(re.fullmatch(pattern, option.dest) for pattern in TUNING[script])
+        and not option.dest.startswith("metadata_")
+    ]
+    assert not ignored
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS))
+def test_refused_options_exist(script: str) -> None:
+    assert refused(script) <= {action.dest for action in build_parser(script)._actions}
+    assert set(NOT_YET) <= set(SCRIPTS)
+    assert {name for need in NEEDS for name in need.names} >= NOTHING_TO_DO
+
+
+@pytest.mark.parametrize("name", sorted(NOT_YET["train_network.py"]))
+def test_refusal(name: str) -> None:
+    flag = next(o for o in find_script("train_network.py").options() if o.dest == name).is_flag
+    with pytest.raises(UserError, match=f"--{name}: .* is not supported yet"):
+        resolve(parse("train_network.py", [*TRAIN, f"--{name}", *([] if flag else ["0.5"])]))
