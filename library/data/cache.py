@@ -33,6 +33,7 @@ from library.data.latents_file import (
     source_state,
     write_latents,
 )
+from library.data.sample import interpolation, picture_for_cache
 from library.messages import UserError, log
 
 Encode = Callable[[torch.Tensor], torch.Tensor]
@@ -144,7 +145,7 @@ def cache_latents(
         for task in tasks:
             for dataset, index in task.users:
                 dataset.items[index].latents_npz = task.file
-    log.info("%s", report)
+    log.info("%s%s", report, f" (process {rank + 1} of {processes})" if processes > 1 else "")
     return report
 
 
@@ -177,7 +178,7 @@ def collect_tasks(
                 path,
                 item.bucket,
                 item.resized,
-                dataset.interpolation(subset),
+                interpolation(dataset.settings, subset),
                 subset.flip_aug,
                 subset.alpha_mask,
                 family,
@@ -278,7 +279,8 @@ class _Picture:
 def _read(task: Task) -> _Picture:
     dataset, index = next(((d, i) for d, i in task.users if d.subsets[d.items[i].subset].alpha_mask), task.users[0])
     state = source_state(task.wanted.source)
-    pixels = dataset.picture_for_cache(index)
+    item = dataset.items[index]
+    pixels = picture_for_cache(item, dataset.subsets[item.subset], dataset.settings)
     return _Picture(images.to_tensor(pixels[..., :3]), images.alpha_mask(pixels) if task.wanted.alpha else None, state)
 
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from library.data import captions, images
-from library.data.buckets import BucketRule, Fit, Size, bucket_rule, crop_ltrb, sort_into_buckets
+from library.data.buckets import BucketRule, Fit, Size, bucket_rule, sort_into_buckets
 from library.data.latents_file import CachedLatents, read_latents
 from library.data.plan import EpochPlan, PlannedBatch, make_plan
 from library.data.records import DatasetSettings, Item, ScanResult, SubsetSettings
+from library.data.sample import Sample, fits_without_buckets, sample_of_cache, sample_of_picture
 from library.messages import UserError, log
 from library.runtime.streams import python_stream
 
@@ -22,28 +21,6 @@ if TYPE_CHECKING:
     from library.data.batch import Batch
 
 Tokenize = Callable[[str], tuple[torch.Tensor, torch.Tensor | None]]
-Ltrb = tuple[float, float, float, float]
-
-
-@dataclass(slots=True)
-class Sample:
-    """One picture of a batch, ready to be stacked.
-
-    Attributes:
-        image: float32 (3, H, W) in [-1, 1], or None when latents are given.
-        latents: (4, H/8, W/8), or None.
-        mask: float32 (H, W) in [0, 1], or None when its subset uses no alpha masks.
-        original: (width, height) that is told as the original size.
-        ltrb: crop numbers, None where no crop is told.
-        target: (width, height) of the training picture.
-    """
-
-    image: torch.Tensor | None
-    latents: torch.Tensor | None
-    mask: torch.Tensor | None
-    original: Size
-    ltrb: Ltrb | None
-    target: Size
 
 
 class Dataset(torch.utils.data.Dataset):
@@ -90,6 +67,7 @@ class Dataset(torch.utils.data.Dataset):
         self.current_epoch = 0
         self.current_step = 0
         self._plan: EpochPlan | None = None
+        self._sizes_checked = settings.enable_bucket
         self.items, fits = _assign(scan.items, self._rule())
         self.buckets = sort_into_buckets(fits, (item.repeats for item in self.items))
 
@@ -135,10 +113,6 @@ class Dataset(torch.utils.data.Dataset):
     def image_data(self) -> dict[str, Item]:
         return {item.key: item for item in self.items}
 
-    def interpolation(self, subset: SubsetSettings) -> str:
-        """How this subset's pictures are resized."""
-        return subset.resize_interpolation or self.settings.resize_interpolation or "area"
-
     def batch(self, planned: PlannedBatch, *, epoch: int, step: int) -> Batch:
         """Make one planned batch.
 
@@ -150,6 +124,7 @@ class Dataset(torch.utils.data.Dataset):
         Raises:
             UserError: a picture or cache file cannot be used; it names the file.
         """
+        self._check_sizes()
         samples, texts, flips, items = [], [], [], []
         for index, occurrence in zip(planned.items, planned.occurrences, strict=True):
             item = self.items[index]
@@ -168,6 +143,30 @@ class Dataset(torch.utils.data.Dataset):
             items.append(item)
         return self._collate(samples, texts, flips, items)
 
+    def _check_sizes(self) -> None:
+        """Without buckets, refuse all pictures of a wrong size at the first batch instead of one by one later."""
+        if self._sizes_checked:
+            return
+        assert self.resolution is not None
+        wrong = [
+            item
+            for index, item in enumerate(self.items)
+            if self._cached_nowhere(index)
+            and not fits_without_buckets(item, self.subsets[item.subset], self.resolution)
+        ]
+        if wrong:
+            names = ", ".join(f"{item.path} ({item.size[0]}x{item.size[1]})" for item in wrong[:5])
+            more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+            raise UserError(
+                f"without buckets every picture must be {self.resolution[0]}x{self.resolution[1]}: {names}{more}",
+                "use --enable_bucket, or resize the pictures",
+            )
+        self._sizes_checked = True
+
+    def _cached_nowhere(self, index: int) -> bool:
+        in_memory = self.memory_latents is not None and self.memory_latents[index] is not None
+        return not in_memory and self.items[index].latents_npz is None
+
     def _caption(self, item: Item, subset: SubsetSettings, epoch: int, step: int, place: str) -> str:
         return captions.process(
             item.caption,
@@ -180,25 +179,10 @@ class Dataset(torch.utils.data.Dataset):
         )
 
     def _sample(self, index: int, item: Item, subset: SubsetSettings, draw: random.Random, flipped: bool) -> Sample:
-        assert item.bucket is not None
         cached = self._cached(index, item)
-        if cached is None:
-            return self._picture(item, subset, draw, flipped)
-        mask = cached.mask if subset.alpha_mask else None
-        if mask is not None and flipped:
-            mask = mask.flip(-1)
-        latents = cached.flipped if flipped else cached.latents
-        if latents is None:
-            raise UserError(
-                f"the latent cache of {item.key} has no flipped latents", "delete the cache file; it is made again"
-            )
-        target = (latents.shape[-1] * 8, latents.shape[-2] * 8)
-        if target != (item.bucket[0] // 8 * 8, item.bucket[1] // 8 * 8):
-            raise UserError(
-                f"the latent cache of {item.key} is for {target[0]}x{target[1]}, not {item.bucket[0]}x{item.bucket[1]}",
-                "start without --skip_cache_check, or delete the cache file",
-            )
-        return Sample(None, latents, mask, cached.original, cached.ltrb, target)
+        if cached is not None:
+            return sample_of_cache(cached, item, subset, flipped)
+        return sample_of_picture(item, subset, self.settings, draw, flipped)
 
     def _cached(self, index: int, item: Item) -> CachedLatents | None:
         if self.memory_latents is not None and self.memory_latents[index] is not None:
@@ -206,66 +190,6 @@ class Dataset(torch.utils.data.Dataset):
         if item.latents_npz is None:
             return None
         return read_latents(item.latents_npz)
-
-    def _picture(self, item: Item, subset: SubsetSettings, draw: random.Random, flipped: bool) -> Sample:
-        assert self.resolution is not None
-        image = images.read_image(item.path, alpha=subset.alpha_mask)
-        if self.settings.enable_bucket:
-            original = (image.shape[1], image.shape[0])
-            image = self._cut_to_bucket(image, item, subset, draw)
-            assert item.bucket is not None
-            ltrb = crop_ltrb(item.bucket, original)
-        else:
-            image = self._cut_to_base(image, item, subset, draw)
-            original, ltrb = self.resolution, None
-        if subset.color_aug:
-            image = images.augment_color(image, draw)
-        if flipped:
-            image = image[:, ::-1]
-        mask = images.alpha_mask(image) if subset.alpha_mask else None
-        target = (image.shape[1], image.shape[0])
-        return Sample(images.to_tensor(image[..., :3]), None, mask, original, ltrb, target)
-
-    def _cut_to_bucket(
-        self, image: np.ndarray, item: Item, subset: SubsetSettings, draw: random.Random | None
-    ) -> np.ndarray:
-        size = (image.shape[1], image.shape[0])
-        if size != item.size:
-            raise UserError(
-                f"picture {item.path} is {size[0]}x{size[1]} but was {item.size[0]}x{item.size[1]} when it was listed",
-                "start again, and delete metadata_cache.json in its folder if there is one",
-            )
-        assert item.bucket is not None and item.resized is not None
-        draw = draw if subset.random_crop else None
-        return images.crop_to_bucket(
-            image, item.bucket, item.resized, draw=draw, interpolation=self.interpolation(subset)
-        )[0]
-
-    def _cut_to_base(self, image: np.ndarray, item: Item, subset: SubsetSettings, draw: random.Random) -> np.ndarray:
-        assert self.resolution is not None
-        face = images.face_in_name(item.path) if subset.face_crop_aug_range else None
-        if face is None or subset.face_crop_aug_range is None:
-            return images.crop_exact(image, self.resolution, draw if subset.random_crop else None, item.path)
-        return images.crop_around_face(
-            image,
-            self.resolution,
-            face,
-            subset.face_crop_aug_range,
-            draw,
-            random_crop=subset.random_crop,
-            interpolation=self.interpolation(subset),
-            path=item.path,
-        )[0]
-
-    def picture_for_cache(self, index: int) -> np.ndarray:
-        """The picture whose latents are cached: cut to its bucket in the middle, without any random change.
-
-        Returns:
-            uint8 (H, W, 3), or 4 channels where the subset uses alpha masks.
-        """
-        item = self.items[index]
-        subset = self.subsets[item.subset]
-        return self._cut_to_bucket(images.read_image(item.path, alpha=subset.alpha_mask), item, subset, None)
 
     def _collate(self, samples: Sequence[Sample], texts: list[str], flips: list[bool], items: Sequence[Item]) -> Batch:
         prior = self.settings.prior_loss_weight

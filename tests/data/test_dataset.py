@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,14 @@ from safetensors.torch import load_file
 
 from library.data import images
 from library.data.batch import Batch
+from library.data.cache import cache_latents
 from library.data.dataset import build_group
 from library.data.loader import make_loader
 from library.data.plan import PlannedBatch
 from library.data.records import DatasetSettings, Item, ScanResult, SubsetSettings
 from library.data.sources import scan
 from library.messages import UserError
-from tests.data.conftest import ByteTokens
+from tests.data.conftest import ByteTokens, block_means, same
 
 
 def one_item_group(path, size, *, subset=None, repeats=1, **settings):
@@ -167,6 +169,13 @@ def test_face_crop_without_buckets(tmp_path):
     assert not torch.equal(batch["images"][0], batch["images"][1])
 
 
+def test_wrong_sizes_without_buckets_are_all_named_at_once(shapes, make_group):
+    with pytest.raises(UserError, match="without buckets every picture must be 128x128") as caught:
+        next(make_loader(group := make_group(shapes, enable_bucket=False), group.plan(7, 1)))
+    for item in group.datasets[0].items:
+        assert (item.path in str(caught.value)) is (item.size != (128, 128))
+
+
 def test_interpolation_of_the_subset_comes_first(tmp_path):
     write(tmp_path / "p.png", (100, 100))
 
@@ -243,6 +252,16 @@ def test_replacements_reach_the_captions(shapes, make_group):
     group.add_replacement("zqx", "zqx zqx1")
     captions = {c for batch in make_loader(group, group.plan(7, 1)) for c in batch["captions"]}
     assert captions == {"a photo of zqx zqx1"}
+
+
+def test_a_group_with_latents_can_be_sent_to_spawned_workers(shapes, make_group):
+    group = make_group(shapes, flip_aug=True)
+    cache_latents(group.datasets, block_means)
+    sent = pickle.loads(pickle.dumps(group))
+    plan = group.plan(7, 1)
+    assert all(same(a, b) for a, b in zip(make_loader(group, plan), make_loader(sent, plan), strict=True))
+    storages = {entry.latents.untyped_storage().data_ptr() for entry in group.datasets[0].memory_latents}
+    assert len(storages) == len(group.datasets[0].buckets.sizes)
 
 
 def test_resolution_is_needed():

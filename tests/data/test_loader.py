@@ -27,6 +27,7 @@ def equal(a, b):
     return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [1, 4])
 def test_workers_do_not_change_batches(shapes, make_group, workers):
     group = make_group(shapes, **RANDOM)
