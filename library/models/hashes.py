@@ -90,3 +90,22 @@ def _window(data: bytes | memoryview, position: int) -> bytes | memoryview:
     start = max(0, _LEGACY_OFFSET - position)
     end = max(0, _LEGACY_OFFSET + _LEGACY_LENGTH - position)
     return data[start:end]
+
+
+def load_bytes_in_safetensors(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """The data part of these tensors' safetensors file."""
+    items = file_order(pending(name, tensor) for name, tensor in tensors.items())
+    return b"".join(bytes(tensor_bytes(item.make(), item.dtype)) for item in items)
+
+
+def hash_of_tensors(state_dict: Mapping[str, torch.Tensor]) -> str:
+    """`0x` + SHA-256 over the bytes of the tensors in the order of the dictionary."""
+    digest = hashlib.sha256()
+    for tensor in state_dict.values():
+        digest.update(tensor_bytes(tensor, tensor.dtype))
+    return "0x" + digest.hexdigest()
+
+
+def update_hash_sha256(metadata: dict[str, str], state_dict: Mapping[str, torch.Tensor]) -> None:
+    """Kept for old callers; the hash is written by the writer of the file."""
+    raise NotImplementedError("the hash is computed while a file is written")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from library.messages import UserError, warn_once
 from library.models import key_maps
@@ -65,7 +64,8 @@ def save_stability(
     """Write one file in Stability layout.
 
     Args:
-        model: its source file, if it came from one, gives the tensors that belong to no part.
+        model: its source file, if it came from one, gives the tensors that belong to no part (and the VAE's,
+            if `vae` is None).
         safetensors: else a pickle `{"state_dict", "epoch", "global_step"}`.
         dtype: of floating tensors; None writes them as they are.
         metadata: safetensors only.
@@ -82,7 +82,7 @@ def save_stability(
     for item in _carried_over(model):
         items.setdefault(item.name, item)
     if is_v2(model):
-        for item in unused_v2_tensors(model.text_encoders[0], dtype):
+        for item in unused_v2_tensors(text_state_dict(model.text_encoders[0]), dtype):
             items.setdefault(item.name, item)
     for item in _markers(model):
         items[item.name] = item
@@ -108,15 +108,15 @@ def stability_tensors(model: LoadedModel, dtype: torch.dtype | None) -> list[Pen
     unet_entries = key_maps.unet_entries(
         shapes_of(model.unet), sd_unet_key_map(model.unet.config), linear_projections=v2
     )
-    config = model.vae.config
-    vae_entries = key_maps.vae_entries(
-        shapes_of(model.vae), levels=len(config.block_out_channels), layers=config.layers_per_block
-    )
     items = [
         *_through_entries(model.unet.state_dict(), unet_entries, dtype),
         *_through_entries(text, text_entries, dtype),
-        *_through_entries(model.vae.state_dict(), vae_entries, dtype),
     ]
+    if model.vae is not None:
+        config = model.vae.config
+        levels, layers = len(config.block_out_channels), config.layers_per_block
+        vae_entries = key_maps.vae_entries(shapes_of(model.vae), levels=levels, layers=layers)
+        items += _through_entries(model.vae.state_dict(), vae_entries, dtype)
     if not v2:
         positions = torch.arange(text["text_model.embeddings.position_embedding.weight"].shape[0])[None]
         items.append(pending(key_maps.CLIP_PREFIX + POSITION_IDS, positions))
@@ -139,22 +139,23 @@ def _text_layers(model: LoadedModel) -> int:
     return model.text_encoders[0].config.num_hidden_layers
 
 
-def unused_v2_tensors(text_encoder: nn.Module, dtype: torch.dtype | None) -> list[Pending]:
+def unused_v2_tensors(text: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> list[Pending]:
     """What SD 2.x files hold beside the used layers: one more block (a copy), a projection and a scale.
 
     No program uses their values; they exist so that loaders find every key they expect.
+
+    Args:
+        text: state dict of the text encoder under the exchanged names.
     """
-    text = text_state_dict(text_encoder)
-    last = text_encoder.config.num_hidden_layers - 1
-    layer = f"text_model.encoder.layers.{last}."
+    count = len({key.split(".")[3] for key in text if key.startswith("text_model.encoder.layers.")})
+    layer = f"text_model.encoder.layers.{count - 1}."
     shapes = {key: tuple(value.shape) for key, value in text.items() if key.startswith(layer)}
     copies = []
-    for item in _through_entries(text, key_maps.openclip_entries(shapes, layers=last + 1), dtype):
-        name = item.name.replace(f".resblocks.{last}.", f".resblocks.{last + 1}.")
+    for item in _through_entries(text, key_maps.openclip_entries(shapes, layers=count), dtype):
+        name = item.name.replace(f".resblocks.{count - 1}.", f".resblocks.{count}.")
         copies.append(Pending(name, item.dtype, item.shape, item.make))
-    width = text_encoder.config.hidden_size
-    first = next(iter(text.values()))
-    projection = torch.ones(width, width, dtype=dtype or first.dtype)
+    embedding = text["text_model.embeddings.token_embedding.weight"]
+    projection = torch.ones(embedding.shape[1], embedding.shape[1], dtype=dtype or embedding.dtype)
     scale = torch.tensor(1, dtype=dtype or torch.int64)
     prefix = key_maps.OPENCLIP_PREFIX
     return [*copies, pending(prefix + "text_projection", projection), pending(prefix + "logit_scale", scale)]
@@ -198,12 +199,13 @@ def _counted_on(before: Any, now: int) -> int:
 
 def _refuse_indescribable(model: LoadedModel) -> None:
     """A Stability file has no room for numbers that its shapes do not show; refuse models that need them."""
-    unet, vae, text = model.unet.config, model.vae.config, model.text_encoders[0].config
+    unet, text = model.unet.config, model.text_encoders[0].config
+    vae = model.vae.config if model.vae is not None else None
     heads = tuple(max(1, width // 64) for width in unet.block_out_channels) if is_v2(model) else None
     activation = "gelu" if is_v2(model) else "quick_gelu"
     facts = (
         ("U-Net norm groups", unet.norm_num_groups, 32),
-        ("VAE norm groups", vae.norm_num_groups, 32),
+        ("VAE norm groups", vae.norm_num_groups if vae else 32, 32),
         ("U-Net attention heads", unet.heads, heads or (8,) * len(unet.block_out_channels)),
         ("text encoder heads", text.num_attention_heads, max(1, text.hidden_size // 64)),
         ("text encoder activation", text.hidden_act, activation),
