@@ -12,7 +12,7 @@ from torch import nn
 from library.models.modelspec import metadata_of_run
 from library.models.sd import StableDiffusion
 from library.models.text_encoders import encode_chunks
-from library.models.tokenizers import CLIP_L, OPENCLIP_H
+from library.models.tokenizers import CLIP_L, OPENCLIP_H, load_tokenizer
 from library.options.declare import from_namespace
 from library.options.metadata import MetadataConfig
 
