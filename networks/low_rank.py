@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from library.runtime.precision import autocast_dtype
+
 
 def is_pointwise(layer: nn.Module) -> bool:
     """Whether a convolution is a plain matrix product over pixels."""
@@ -68,18 +70,22 @@ def add_to_pixels(base: Tensor, hidden: Tensor, up: Tensor, scale: float) -> Ten
 
 def match(weight: Tensor, x: Tensor) -> Tensor:
     """The weight in x's dtype, unless autocast does that by itself."""
-    if weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+    if weight.dtype == x.dtype or autocast_dtype(x) is not None:
         return weight
     return weight.to(x.dtype)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return autocast_dtype(x) or x.dtype
 
 
 class _Rows(torch.autograd.Function):
-    """The function over rows: x (..., in) -> (..., out). `beta=0` products carry the scale for nothing."""
+    """The function over rows: x (..., in) -> (..., out).
+
+    The hidden values lie transposed, (r, N): matrix products with few rows are several times faster on a CPU than
+    those with few columns, and the same on a GPU. Products with `beta=0` ignore their first operand and carry the
+    scale for nothing.
+    """
 
     @staticmethod
     def forward(
@@ -90,8 +96,8 @@ class _Rows(torch.autograd.Function):
         frozen = weight.flatten(1).to(dtype)
         a, b = down.flatten(1).to(dtype), up.flatten(1).to(dtype)
         out = rows.mm(frozen.t()) if bias is None else torch.addmm(bias.to(dtype), rows, frozen.t())
-        hidden = rows.mm(a.t())
-        out.addmm_(hidden, b.t(), alpha=scale)
+        hidden = a.mm(rows.t())
+        out.addmm_(hidden.t(), b.t(), alpha=scale)
         ctx.save_for_backward(rows if ctx.needs_input_grad[3] else None, weight, a, b, hidden)
         ctx.scale, ctx.x_shape, ctx.x_dtype, ctx.down, ctx.up = scale, x.shape, x.dtype, _like(down), _like(up)
         return out.view(*x.shape[:-1], -1)
@@ -104,13 +110,13 @@ class _Rows(torch.autograd.Function):
         grad = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_down = grad_up = None
         if needs_up:
-            grad_up = _shaped(torch.addmm(b, grad.t(), hidden, beta=0, alpha=ctx.scale), ctx.up)
+            grad_up = _shaped(torch.addmm(b.t(), hidden, grad, beta=0, alpha=ctx.scale).t(), ctx.up)
         if needs_x or needs_down:
-            grad_hidden = grad.mm(b)
+            grad_hidden = b.t().mm(grad.t())
             if needs_down:
-                grad_down = _shaped(torch.addmm(a, grad_hidden.t(), rows, beta=0, alpha=ctx.scale), ctx.down)
+                grad_down = _shaped(torch.addmm(a, grad_hidden, rows, beta=0, alpha=ctx.scale), ctx.down)
             if needs_x:
-                grad_x = grad.mm(weight.flatten(1).to(grad.dtype)).addmm_(grad_hidden, a, alpha=ctx.scale)
+                grad_x = grad.mm(weight.flatten(1).to(grad.dtype)).addmm_(grad_hidden.t(), a, alpha=ctx.scale)
                 grad_x = grad_x.view(ctx.x_shape).to(ctx.x_dtype)
         return grad_x, None, None, grad_down, grad_up, None
 
@@ -123,13 +129,15 @@ class _Pixels(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
     ) -> Tensor:
         dtype, batch = _compute_dtype(x), x.shape[0]
-        pixels = x.flatten(2).to(dtype)
+        x_dtype, x = x.dtype, x.to(dtype)
+        pixels = x.flatten(2)
         a, b = down.flatten(1).to(dtype), up.flatten(1).to(dtype)
-        out = F.conv2d(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        # A channels-last weight would give a channels-last output, which the update could not be added to in place.
+        out = F.conv2d(x, weight.to(dtype), None if bias is None else bias.to(dtype)).contiguous()
         hidden = torch.bmm(a.expand(batch, -1, -1), pixels)
         out.flatten(2).baddbmm_(b.expand(batch, -1, -1), hidden, alpha=scale)
         ctx.save_for_backward(pixels if ctx.needs_input_grad[3] else None, weight, a, b, hidden)
-        ctx.scale, ctx.x_shape, ctx.x_dtype, ctx.down, ctx.up = scale, x.shape, x.dtype, _like(down), _like(up)
+        ctx.scale, ctx.x_shape, ctx.x_dtype, ctx.down, ctx.up = scale, x.shape, x_dtype, _like(down), _like(up)
         return out
 
     @staticmethod
@@ -141,7 +149,7 @@ class _Pixels(torch.autograd.Function):
         grad = grad.flatten(2)
         grad_x = grad_down = grad_up = None
         if needs_up:
-            grad_up = _shaped(_batch_product(grad, hidden, ctx.scale), ctx.up)
+            grad_up = _shaped(_batch_product(hidden, grad, ctx.scale).t(), ctx.up)
         if needs_x or needs_down:
             grad_hidden = torch.bmm(b.t().expand(batch, -1, -1), grad)
             if needs_down:
