@@ -45,15 +45,22 @@ def autocast(device: str | torch.device, dtype: torch.dtype | None) -> contextli
     return torch.autocast(torch.device(device).type, dtype=dtype)
 
 
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The format that autocast is on for where `x` lies, or None."""
+    kind = x.device.type
+    # torch raises for devices that know no autocast; shapes are worked out on "meta".
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
 def cast_once(x: torch.Tensor) -> torch.Tensor:
     """Cast an input that several layers share to autocast's format, so that they do not each cast it.
 
     Without autocast, and for tensors that autocast leaves alone, `x` itself.
     """
-    kind = x.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind) or not x.is_floating_point():
-        return x
-    return x.to(torch.get_autocast_dtype(kind))
+    dtype = autocast_dtype(x)
+    return x if dtype is None or not x.is_floating_point() else x.to(dtype)
 
 
 def allow_half_gradients(scaler: torch.amp.GradScaler) -> None:
