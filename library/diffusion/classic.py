@@ -144,8 +144,8 @@ def conditional_loss(
     elif loss_type == "l1":
         loss = error.abs()
     else:
-        c = huber_c.reshape(-1, *[1] * (error.ndim - 1)) if torch.is_tensor(huber_c) else huber_c
-        loss = objective.pseudo_huber(error, 0.1 if c is None else c, loss_type)
+        c = torch.as_tensor(0.1 if huber_c is None else huber_c, device=error.device)
+        loss = objective.pseudo_huber(error, c.reshape(-1, *[1] * (error.ndim - 1)), loss_type)
     return loss if reduction == "none" else getattr(loss, reduction)()
 
 

@@ -43,18 +43,20 @@ def facts_of(dataset: Any) -> DatasetFacts:
     settings = dataset.settings if hasattr(dataset, "image_counts") else dataset
     subsets = list(settings.subsets)
     counts = getattr(dataset, "image_counts", None) or [subset.img_count for subset in subsets]
-    size = getattr(settings, "resolution", None) or (getattr(dataset, "width", None), getattr(dataset, "height", None))
-    buckets = getattr(settings, "enable_bucket", False)
-    names = ("min_bucket_reso", "max_bucket_reso")
+    width, height = getattr(settings, "resolution", None) or (
+        getattr(dataset, "width", None),
+        getattr(dataset, "height", None),
+    )
+    limited = settings if getattr(settings, "enable_bucket", False) else None
     return DatasetFacts(
         settings=settings,
-        resolution=tuple(size) if None not in size else None,
+        resolution=(width, height) if width and height else None,
         subsets=[(subset, count) for subset, count in zip(subsets, counts, strict=True) if count],
         num_train_images=dataset.num_train_images,
         num_reg_images=dataset.num_reg_images,
         tag_frequency=getattr(dataset, "tag_frequency", None) or {},
         bucket_info=getattr(dataset, "bucket_info", None),
-        limits=tuple(getattr(settings, name, None) if buckets else None for name in names),
+        limits=(getattr(limited, "min_bucket_reso", None), getattr(limited, "max_bucket_reso", None)),
     )
 
 

@@ -149,7 +149,7 @@ def _make_repository(config: HubConfig) -> None:
     """Create the repository if it cannot be seen."""
     from huggingface_hub import HfApi
 
-    repo_id, repo_type = config.huggingface_repo_id, config.huggingface_repo_type
+    repo_id, repo_type = config.huggingface_repo_id or "", config.huggingface_repo_type
     if exists_repo(repo_id, repo_type, token=config.huggingface_token):
         return
     try:

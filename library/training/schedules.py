@@ -167,7 +167,7 @@ def cosine_with_min_lr(
             "--lr_scheduler cosine_with_min_lr needs exactly one lowest rate",
             "give --lr_scheduler_min_lr_ratio 0.1 or --lr_scheduler_args min_lr=1e-5",
         )
-    share = min_lr / config.learning_rate if floor is None else floor
+    share = floor if floor is not None else (min_lr or 0.0) / (config.learning_rate or 1.0)
     turns = config.lr_scheduler_num_cycles if num_cycles is None else 2 * num_cycles
     progress = partial(_progress, warmup=warmup, total=total)
     return _after_warmup(warmup, lambda step: max(0.0, _between(share, _cosine(turns * progress(step)))))

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from library.diffusion import noise, objective
 from library.diffusion.schedule import make_schedule
@@ -278,3 +279,43 @@ def test_debiased_estimation_is_applied_with_the_others():
     plain = (pred**2).mean(dim=(1, 2, 3)) * torch.tensor([1.0, 0.3])
     expected = plain * (5 / snr).clamp(max=1) * (1 + 0.5 * (snr + 1) / snr) / snr.sqrt()
     close(losses, expected)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts reads of device values by the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "_local_scalar_dense" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_objective_reads_nothing_back_from_the_device():
+    config = ObjectiveConfig(
+        noise_offset=0.1,
+        noise_offset_random_strength=True,
+        adaptive_noise_scale=0.1,
+        multires_noise_iterations=3,
+        ip_noise_gamma=0.1,
+        ip_noise_gamma_random_strength=True,
+        min_snr_gamma=5.0,
+        v_pred_like_loss=0.5,
+        debiased_estimation_loss=True,
+        loss_type="huber",
+    )
+    schedule, latents = make_schedule(), torch.randn(2, 4, 8, 8)
+    with HostReads() as reads:
+        drawn = noise.draw_noise(latents, config)
+        steps = draw_timesteps(2, config)
+        noisy = noise.noisy_input(latents, drawn, steps, schedule, config)
+        wanted = objective.target(latents, drawn, steps, schedule, False)
+        mask, weights = torch.ones(2, 1, 64, 64), torch.ones(2)
+        losses = objective.loss_per_sample(
+            noisy, wanted, steps, schedule, config, v_prediction=False, loss_weights=weights, mask=mask
+        )
+        assert reads.count == 0
+        losses.sum().item()
+    assert reads.count == 1

@@ -17,8 +17,9 @@ from library.data.config_schema import Support
 from library.data.dataset import build_group
 from library.data.records import DatasetSettings, SubsetSettings
 from library.options.parser import parse, resolve
+from library.train_util import MinimalDataset
 from library.training import metadata
-from library.training.data_metadata import common_resolution, config_file_metadata, facts_of
+from library.training.data_metadata import common_resolution, config_file_metadata, facts_of, single_dataset_metadata
 from library.training.network_setup import parse_network_args
 from library.training.optimizers import make_optimizer
 from tests.conftest import GOLDEN, load_json
@@ -259,3 +260,14 @@ def test_minimum_metadata_from_values():
 
 def test_git_revision_is_a_commit_or_unknown():
     assert re.fullmatch(r"[0-9a-f]{40}|\(unknown\)", metadata.git_revision())
+
+
+def test_a_foreign_data_set_takes_the_single_form():
+    """`--dataset_class` gives an object that stands for group, data set and subset at once."""
+    options = resolve(parse("train_network.py", [*command("step_save"), "--dataset_class", "a.B"]))
+    facts = facts_of(MinimalDataset(None, None, (128, 64)))
+    texts = single_dataset_metadata(options, 2, facts)
+    assert texts["ss_dataset_dirs"] == '{"dummy": {"n_repeats": 1, "img_count": 1}}'
+    assert texts["ss_resolution"] == (128, 64)
+    assert texts["ss_total_batch_size"] == 4
+    assert texts["ss_min_bucket_reso"] is None

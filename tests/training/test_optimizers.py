@@ -217,3 +217,19 @@ def test_class_by_path():
     optimizer = make("schedulefree.AdamWScheduleFree", optimizer_args=["r=1.0"])
     assert type(optimizer).__module__ == "schedulefree.adamw_schedulefree"
     assert is_schedule_free(OptimizerConfig(optimizer_type="schedulefree.AdamWScheduleFree"))
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adam", "SGD"])
+def test_fused_updates_can_be_masked_on_the_device(name):
+    """A raised `found_inf` leaves weights and moments alone, without asking the host."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = make_optimizer([weight], OptimizerConfig(optimizer_type=name, learning_rate=0.1)).optimizer
+    weight.grad = torch.full((3,), float("nan"))
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert torch.equal(weight.detach(), torch.ones(3))
+    weight.grad = torch.ones(3)
+    optimizer.found_inf = torch.zeros(())
+    optimizer.step()
+    assert weight.isfinite().all()
+    assert not torch.equal(weight.detach(), torch.ones(3))
