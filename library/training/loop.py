@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from library.messages import Interrupted, UserError
+from library.runtime.memory import GarbageCollection, explained_out_of_memory
 from library.training.interrupt import InterruptFlag
 
 if TYPE_CHECKING:
@@ -26,19 +27,19 @@ def train(run: Run) -> None:
 
     Raises:
         Interrupted: a signal asked for a stop; the state was saved.
-        UserError: a loss or gradient was not finite; the state before that update was saved.
+        UserError: a loss or gradient was not finite and the state before that update was saved; or out of memory.
     """
     run.samples.before_training(run)
     run.log.open(run)
-    with InterruptFlag() as interrupt:
+    with explained_out_of_memory("training"), GarbageCollection() as garbage, InterruptFlag() as interrupt:
         while run.position.step < run.max_steps:
-            train_epoch(run, interrupt)
+            train_epoch(run, interrupt, garbage)
     stop_if_bad(run, run.guard.check_last())
     run.log.close(run)
     run.saver.at_end(run)
 
 
-def train_epoch(run: Run, interrupt: InterruptFlag) -> None:
+def train_epoch(run: Run, interrupt: InterruptFlag, garbage: GarbageCollection) -> None:
     """The rest of the current epoch: micro-steps from `run.position.micro` on."""
     epoch = run.position.epoch
     plan = run.feed.plan(epoch)
@@ -59,6 +60,7 @@ def train_epoch(run: Run, interrupt: InterruptFlag) -> None:
         run.log.micro_step(run, loss, run.target.on_step_end())
         run.samples.after_update(run)
         run.saver.after_update(run)
+        garbage.step(run.position.step)
         if interrupt.requested:
             save_and_stop(run)
         if run.position.step >= run.max_steps:
