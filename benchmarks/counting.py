@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Copies nothing and launches nothing, though the schema does not mark it as a view.
@@ -28,6 +29,18 @@ _FREE = {
 HOST_READ = "aten::_local_scalar_dense"
 
 
+def _is_fetch(name: str, args: Any, kwargs: dict[str, Any]) -> bool:
+    """A copy from a device to the CPU that Python waits for."""
+    if name == "aten::_to_copy":
+        target, source = kwargs.get("device"), args[0]
+    elif name == "aten::copy_":
+        target, source = args[0].device, args[1]
+    else:
+        return False
+    to_cpu = target is not None and torch.device(target).type == "cpu"
+    return to_cpu and source.device.type not in ("cpu", "meta") and not kwargs.get("non_blocking")
+
+
 def _is_view(schema: Any) -> bool:
     return any(a.alias_info is not None and not a.alias_info.is_write for a in schema.arguments)
 
@@ -37,7 +50,7 @@ class OpCounter(TorchDispatchMode):
 
     Attributes:
         ops: operator name -> number of calls, views and allocations left out.
-        host_reads: values that Python waited for (`.item()`, `bool(tensor)`, a tensor in an f-string).
+        host_reads: values that Python waited for (`.item()`, `bool(tensor)`, a copy from a device to the CPU).
     """
 
     def __init__(self) -> None:
@@ -47,7 +60,7 @@ class OpCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         schema = func._schema
-        if schema.name == HOST_READ:
+        if schema.name == HOST_READ or _is_fetch(schema.name, args, kwargs or {}):
             self.host_reads += 1
         elif schema.name not in _FREE and not _is_view(schema):
             self.ops[schema.name] += 1
@@ -64,10 +77,3 @@ def count(work: Callable[[], Any]) -> OpCounter:
     with OpCounter() as counter:
         work()
     return counter
-
-
-def host_reads(step: Callable[[], Any], *, warm_up: int = 1) -> int:
-    """Host reads of one call of `step`, after `warm_up` calls that may set things up."""
-    for _ in range(warm_up):
-        step()
-    return count(step).host_reads
