@@ -33,12 +33,13 @@ Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 
 
-def scan(settings: DatasetSettings, *, seed: int = 0) -> ScanResult:
+def scan(settings: DatasetSettings, *, seed: int = 0, skip_broken: bool = False) -> ScanResult:
     """The pictures of one data set.
 
     Args:
         settings: resolved settings, with a resolution.
         seed: decides which pictures are held out where `validation_seed` is not set.
+        skip_broken: decode every picture once, and leave out those that cannot be read instead of stopping.
 
     Raises:
         UserError: a kind that is not supported yet, no resolution, a setting out of range, or pictures or captions
@@ -55,7 +56,7 @@ def scan(settings: DatasetSettings, *, seed: int = 0) -> ScanResult:
         if note:
             result.notes.append(note)
             continue
-        folder = _read_folder(subset, index)
+        folder = _read_folder(subset, index, check_pixels=skip_broken)
         result.notes += folder.notes
         broken += folder.broken
         _count_tags(result.tag_frequency, subset, folder.items)
@@ -67,8 +68,10 @@ def scan(settings: DatasetSettings, *, seed: int = 0) -> ScanResult:
             regular += items
             result.validation += held_out
         result.image_counts[index] = len(items)
-    if broken:
+    if broken and not skip_broken:
         raise _unreadable(broken)
+    if broken:
+        result.notes.append(f"{len(broken)} pictures are left out, they cannot be read: {_some(broken)}")
     result.num_train_images = sum(item.repeats for item in regular)
     result.num_reg_images = sum(item.repeats for item in regularisation)
     if result.num_train_images < result.num_reg_images:
@@ -160,7 +163,7 @@ class Folder:
     broken: list[str] = field(default_factory=list)
 
 
-def _read_folder(subset: SubsetSettings, index: int) -> Folder:
+def _read_folder(subset: SubsetSettings, index: int, *, check_pixels: bool) -> Folder:
     assert subset.image_dir is not None
     cache = os.path.join(subset.image_dir, INFO_FILE)
     if subset.cache_info and (known := _read_info(cache)) is not None:
@@ -173,13 +176,13 @@ def _read_folder(subset: SubsetSettings, index: int) -> Folder:
         listing = list_folder(subset.image_dir)
     except OSError as error:
         raise UserError(f"cannot read folder {subset.image_dir} ({error.strerror})", "check its permissions") from error
-    folder = _read_files(subset, index, listing)
+    folder = _read_files(subset, index, listing, check_pixels=check_pixels)
     if subset.cache_info and not folder.broken:
         _write_info(cache, folder.items)
     return folder
 
 
-def _read_files(subset: SubsetSettings, index: int, listing: Listing) -> Folder:
+def _read_files(subset: SubsetSettings, index: int, listing: Listing, *, check_pixels: bool) -> Folder:
     folder = Folder(notes=_listing_notes(str(subset.image_dir), listing))
     find_caption = _caption_finder(subset, listing)
     prefix = os.path.join(str(subset.image_dir), "")
@@ -192,6 +195,8 @@ def _read_files(subset: SubsetSettings, index: int, listing: Listing) -> Folder:
         path = picture = prefix + name
         try:
             size = image_size(path)
+            if check_pixels:
+                _decode(path)
             caption_file = find_caption(name)
             if caption_file is None:
                 missing.append(name)
@@ -206,6 +211,8 @@ def _read_files(subset: SubsetSettings, index: int, listing: Listing) -> Folder:
             return f"{path} (an empty caption file)"
         except OSError as error:
             return f"{path} ({_reason(error)})"
+        except UserError as error:
+            return error.problem.removeprefix("cannot read picture ")
 
     found = _map(read, listing.pictures)
     folder.items = [item for item in found if isinstance(item, Item)]
@@ -213,6 +220,13 @@ def _read_files(subset: SubsetSettings, index: int, listing: Listing) -> Folder:
     if missing:
         folder.notes.append(_missing_note(subset, sorted(missing), listing))
     return folder
+
+
+def _decode(path: str) -> None:
+    """Read a picture's pixels; a `UserError` says why that fails."""
+    from library.data.images import read_image  # brings cv2 and torch, which a scan does not need
+
+    read_image(path)
 
 
 def _reason(error: OSError) -> str:

@@ -83,7 +83,9 @@ class DatasetConfig:
         False, "take cached latents as they are, without checking that they fit the pictures"
     )
     on_bad_image: str = option(
-        "error", "what happens at an unreadable picture: stop, or leave it out and say so", choices=("error", "skip")
+        "error",
+        "what an unreadable picture does: stop the run, or be left out (every picture is then read once at the start)",
+        choices=("error", "skip"),
     )
     debug_dataset: bool = option(False, "show what the data sets give, train nothing")
     prior_loss_weight: float = option(1.0, "weight of the loss of regularisation pictures")

@@ -35,7 +35,8 @@ def build_data(options: Resolved, support: Support, tokenizers: list[Any], seed:
     if options.dataset.dataset_class:
         return foreign_group(options, tokenizers)
     settings = resolve_datasets(options.dataset, support=support, max_token_length=options.model.max_token_length)
-    scans = [sources.scan(one, seed=seed) for one in settings]
+    skip = options.dataset.on_bad_image == "skip"
+    scans = [sources.scan(one, seed=seed, skip_broken=skip) for one in settings]
     for note in [note for result in scans for note in result.notes]:
         log.info("%s", note)
     sources.require_pictures(settings, scans)
