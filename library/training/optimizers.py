@@ -33,6 +33,7 @@ NOTICES = {
 # Where torch has one kernel for the whole update; elsewhere it loops over the parameters in Python.
 FUSED_DEVICES = ("cuda", "xpu", "cpu")
 FUSED_CLASSES = ("AdamW", "Adam", "SGD")
+_FORMS = ("fused", "foreach", "capturable")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +140,19 @@ def set_training(optimizer: torch.optim.Optimizer, training: bool) -> None:
     switch = getattr(optimizer, "train" if training else "eval", None)
     if callable(switch):
         switch()
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Restore a stored state, also one of another machine or program: how updates are computed stays as it is here.
+
+    Raises:
+        ValueError: the state is of other parameter groups.
+    """
+    saved = state["param_groups"]
+    if len(saved) == len(optimizer.param_groups):
+        kept = [{k: group[k] for k in _FORMS if k in group} for group in optimizer.param_groups]
+        saved = [{**group, **form} for group, form in zip(saved, kept, strict=True)]
+    optimizer.load_state_dict({**state, "param_groups": saved})
 
 
 def parameter_rates(groups: Iterable[dict[str, Any]], default: float | None) -> list[float | None]:

@@ -12,7 +12,7 @@ import torch
 from library.messages import UserError
 from library.options.optimizer import OptimizerConfig
 from library.options.registries import OPTIMIZERS
-from library.training.optimizers import is_schedule_free, make_optimizer, set_training
+from library.training.optimizers import is_schedule_free, load_optimizer_state, make_optimizer, set_training
 from tests.conftest import GOLDEN, load_json
 
 CASES = load_json(GOLDEN / "training_optimizers.json")["cases"]
@@ -233,3 +233,31 @@ def test_fused_updates_can_be_masked_on_the_device(name):
     optimizer.step()
     assert weight.isfinite().all()
     assert not torch.equal(weight.detach(), torch.ones(3))
+
+
+def test_a_state_of_another_program_keeps_updates_fused():
+    """Such a state says `fused=None`, which would switch the mask of non-finite updates off."""
+
+    def run(optimizer, weight, steps):
+        for _ in range(steps):
+            (weight**2).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return weight.detach().clone()
+
+    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    foreign = torch.optim.AdamW([weight], lr=0.1)
+    run(foreign, weight, 3)
+    state, middle = foreign.state_dict(), weight.detach().clone()
+    expected = run(foreign, weight, 3)
+
+    weight = torch.nn.Parameter(middle)
+    optimizer = make_optimizer([weight], OptimizerConfig(learning_rate=0.5)).optimizer
+    load_optimizer_state(optimizer, state)
+    assert optimizer.param_groups[0]["fused"] is True
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    torch.testing.assert_close(run(optimizer, weight, 3), expected)
+
+    two = make_optimizer(parameters([0.1, 0.2]), OptimizerConfig(learning_rate=0.5)).optimizer
+    with pytest.raises(ValueError, match="parameter groups"):
+        load_optimizer_state(two, state)
