@@ -91,7 +91,7 @@ class _Rows(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
     ) -> Tensor:
-        dtype = _compute_dtype(x)
+        dtype = autocast_dtype(x) or x.dtype
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         frozen = weight.flatten(1).to(dtype)
         a, b = down.flatten(1).to(dtype), up.flatten(1).to(dtype)
@@ -128,7 +128,7 @@ class _Pixels(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
     ) -> Tensor:
-        dtype, batch = _compute_dtype(x), x.shape[0]
+        dtype, batch = autocast_dtype(x) or x.dtype, x.shape[0]
         x_dtype, x = x.dtype, x.to(dtype)
         pixels = x.flatten(2)
         a, b = down.flatten(1).to(dtype), up.flatten(1).to(dtype)
