@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 import types
@@ -248,7 +249,7 @@ def test_a_state_of_another_program_keeps_updates_fused():
     weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
     foreign = torch.optim.AdamW([weight], lr=0.1)
     run(foreign, weight, 3)
-    state, middle = foreign.state_dict(), weight.detach().clone()
+    state, middle = copy.deepcopy(foreign.state_dict()), weight.detach().clone()
     expected = run(foreign, weight, 3)
 
     weight = torch.nn.Parameter(middle)
