@@ -106,3 +106,11 @@ def test_texts_of_the_later_version_raise_the_version():
     )
     assert plain["modelspec.sai_model_spec"] == "1.0.0" and "modelspec.implementation_version" not in plain
     assert hint["modelspec.sai_model_spec"] == "1.0.1" and hint["modelspec.usage_hint"] == "use it"
+
+
+def test_implementation_version_is_that_of_the_project():
+    from pathlib import Path
+
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    name, _, version = modelspec.IMPLEMENTATION_VERSION.partition("/")
+    assert f'name = "{name}"' in project and f'version = "{version}"' in project
