@@ -83,8 +83,7 @@ class _Rows(torch.autograd.Function):
     """The function over rows: x (..., in) -> (..., out).
 
     The hidden values lie transposed, (r, N): matrix products with few rows are several times faster on a CPU than
-    those with few columns, and the same on a GPU. Products with `beta=0` ignore their first operand and carry the
-    scale for nothing.
+    those with few columns. Products with `beta=0` ignore their first operand and carry the scale for nothing.
     """
 
     @staticmethod
@@ -92,33 +91,33 @@ class _Rows(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
     ) -> Tensor:
         dtype = autocast_dtype(x) or x.dtype
-        rows = x.reshape(-1, x.shape[-1]).to(dtype)
-        frozen = weight.flatten(1).to(dtype)
-        a, b = down.flatten(1).to(dtype), up.flatten(1).to(dtype)
-        out = rows.mm(frozen.t()) if bias is None else torch.addmm(bias.to(dtype), rows, frozen.t())
+        rows, frozen, a, b = _as(x, dtype), _matrix(weight, dtype), _matrix(down, dtype), _matrix(up, dtype)
+        if x.dim() != 2:
+            rows = rows.reshape(-1, x.shape[-1])
+        out = rows.mm(frozen.t()) if bias is None else torch.addmm(_as(bias, dtype), rows, frozen.t())
         hidden = a.mm(rows.t())
         out.addmm_(hidden.t(), b.t(), alpha=scale)
         ctx.save_for_backward(rows if ctx.needs_input_grad[3] else None, weight, a, b, hidden)
-        ctx.scale, ctx.x_shape, ctx.x_dtype, ctx.down, ctx.up = scale, x.shape, x.dtype, _like(down), _like(up)
-        return out.view(*x.shape[:-1], -1)
+        ctx.scale, ctx.like = scale, (x.dtype, down.dtype, down.shape, up.dtype, up.shape)
+        return out if x.dim() == 2 else out.view(*x.shape[:-1], -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, a, b, hidden = ctx.saved_tensors
         needs_x, _, _, needs_down, needs_up, _ = ctx.needs_input_grad
-        grad = grad.reshape(-1, grad.shape[-1])
+        shape, grad = grad.shape[:-1], grad.reshape(-1, grad.shape[-1])
         grad_x = grad_down = grad_up = None
         if needs_up:
-            grad_up = _shaped(torch.addmm(b.t(), hidden, grad, beta=0, alpha=ctx.scale).t(), ctx.up)
+            grad_up = torch.addmm(b.t(), hidden, grad, beta=0, alpha=ctx.scale).t()
         if needs_x or needs_down:
             grad_hidden = b.t().mm(grad.t())
             if needs_down:
-                grad_down = _shaped(torch.addmm(a, grad_hidden, rows, beta=0, alpha=ctx.scale), ctx.down)
+                grad_down = torch.addmm(a, grad_hidden, rows, beta=0, alpha=ctx.scale)
             if needs_x:
-                grad_x = grad.mm(weight.flatten(1).to(grad.dtype)).addmm_(grad_hidden.t(), a, alpha=ctx.scale)
-                grad_x = grad_x.view(ctx.x_shape).to(ctx.x_dtype)
-        return grad_x, None, None, grad_down, grad_up, None
+                grad_x = grad.mm(_matrix(weight, grad.dtype)).addmm_(grad_hidden.t(), a, alpha=ctx.scale)
+                grad_x = grad_x.view(*shape, -1)
+        return _results(ctx, grad_x, grad_down, grad_up)
 
 
 class _Pixels(torch.autograd.Function):
@@ -129,15 +128,14 @@ class _Pixels(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
     ) -> Tensor:
         dtype, batch = autocast_dtype(x) or x.dtype, x.shape[0]
-        x_dtype, x = x.dtype, x.to(dtype)
-        pixels = x.flatten(2)
-        a, b = down.flatten(1).to(dtype), up.flatten(1).to(dtype)
+        picture, a, b = _as(x, dtype), _matrix(down, dtype), _matrix(up, dtype)
+        pixels = picture.flatten(2)
         # A channels-last weight would give a channels-last output, which the update could not be added to in place.
-        out = F.conv2d(x, weight.to(dtype), None if bias is None else bias.to(dtype)).contiguous()
+        out = F.conv2d(picture, _as(weight, dtype), None if bias is None else _as(bias, dtype)).contiguous()
         hidden = torch.bmm(a.expand(batch, -1, -1), pixels)
         out.flatten(2).baddbmm_(b.expand(batch, -1, -1), hidden, alpha=scale)
         ctx.save_for_backward(pixels if ctx.needs_input_grad[3] else None, weight, a, b, hidden)
-        ctx.scale, ctx.x_shape, ctx.x_dtype, ctx.down, ctx.up = scale, x.shape, x_dtype, _like(down), _like(up)
+        ctx.scale, ctx.like = scale, (x.dtype, down.dtype, down.shape, up.dtype, up.shape)
         return out
 
     @staticmethod
@@ -145,21 +143,20 @@ class _Pixels(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         pixels, weight, a, b, hidden = ctx.saved_tensors
         needs_x, _, _, needs_down, needs_up, _ = ctx.needs_input_grad
-        batch = grad.shape[0]
+        batch, sides = grad.shape[0], grad.shape[2:]
         grad = grad.flatten(2)
         grad_x = grad_down = grad_up = None
         if needs_up:
-            grad_up = _shaped(_batch_product(hidden, grad, ctx.scale).t(), ctx.up)
+            grad_up = _batch_product(hidden, grad, ctx.scale).t()
         if needs_x or needs_down:
             grad_hidden = torch.bmm(b.t().expand(batch, -1, -1), grad)
             if needs_down:
-                grad_down = _shaped(_batch_product(grad_hidden, pixels, ctx.scale), ctx.down)
+                grad_down = _batch_product(grad_hidden, pixels, ctx.scale)
             if needs_x:
-                frozen = weight.flatten(1).to(grad.dtype)
-                grad_x = torch.bmm(frozen.t().expand(batch, -1, -1), grad)
+                grad_x = torch.bmm(_matrix(weight, grad.dtype).t().expand(batch, -1, -1), grad)
                 grad_x.baddbmm_(a.t().expand(batch, -1, -1), grad_hidden, alpha=ctx.scale)
-                grad_x = grad_x.view(ctx.x_shape).to(ctx.x_dtype)
-        return grad_x, None, None, grad_down, grad_up, None
+                grad_x = grad_x.unflatten(2, sides)
+        return _results(ctx, grad_x, grad_down, grad_up)
 
 
 def _batch_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
@@ -167,9 +164,24 @@ def _batch_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
     return torch.bmm(left, right.mT).sum(0).mul_(scale)
 
 
-def _like(weight: Tensor) -> tuple[torch.Size, torch.dtype]:
-    return weight.shape, weight.dtype
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)` without the call where there is nothing to do: it counts on a GPU that waits for the host."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
-def _shaped(grad: Tensor, like: tuple[torch.Size, torch.dtype]) -> Tensor:
-    return grad.view(like[0]).to(like[1])
+def _matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """(out, in[, 1, 1]) -> (out, in) in a dtype."""
+    return _as(weight if weight.dim() == 2 else weight.flatten(1), dtype)
+
+
+def _results(ctx: Any, grad_x: Tensor | None, grad_down: Tensor | None, grad_up: Tensor | None) -> tuple[Any, ...]:
+    """The gradients in the dtypes and shapes of what they belong to."""
+    x_dtype, down_dtype, down_shape, up_dtype, up_shape = ctx.like
+    return (
+        None if grad_x is None else _as(grad_x, x_dtype),
+        None,
+        None,
+        None if grad_down is None else _as(grad_down.view(down_shape), down_dtype),
+        None if grad_up is None else _as(grad_up.view(up_shape), up_dtype),
+        None,
+    )
