@@ -46,7 +46,7 @@ def resolve_folder(source: str | Path, *, parts: Sequence[str], what: str) -> Pa
     path = Path(source)
     if path.is_dir():
         return path
-    text = str(source)
+    text = source.as_posix() if isinstance(source, Path) else source
     looks_like_hub_id = (
         text.count("/") == 1 and not path.is_absolute() and not text.startswith(".") and "\\" not in text
     )
