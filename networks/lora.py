@@ -7,17 +7,14 @@ and file format are those of sd-scripts.
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from library.messages import UserError, log, warn_once
-from networks import files, low_rank, names, weight_norm
-from networks.adapter import AdapterModule, as_list, find_layers
+from networks import files, names, weight_norm
+from networks.adapter import as_list, find_layers
 from networks.blocks import (
     NUM_OF_BLOCKS,
     RE_UPDOWN,
@@ -28,8 +25,9 @@ from networks.blocks import (
     parse_block_lr_kwargs,
     remove_block_dims_and_alphas,
 )
+from networks.lora_module import LoRAInfModule, LoRAModule
 from networks.optimizer_groups import Part
-from networks.regions import RegionalModule, RegionalNetwork
+from networks.regions import RegionalNetwork
 
 __all__ = [
     "RE_UPDOWN",
@@ -47,159 +45,20 @@ __all__ = [
 
 DEFAULT_DIM = 4
 DEFAULT_ALPHA = 1.0
-
-
-class LoRAModule(AdapterModule):
-    """`y = layer(x) + multiplier * alpha / rank * up(down(x))` for one Linear or Conv2d.
-
-    Attributes:
-        lora_down, lora_up: Linear (r, in), (out, r), or Conv2d (r, in, k, k) and (out, r, 1, 1).
-        alpha: 0-dim buffer; scale: alpha / rank.
-    """
-
-    def __init__(
-        self,
-        lora_name: str,
-        org_module: nn.Module,
-        multiplier: float = 1.0,
-        lora_dim: int = 4,
-        alpha: float | Tensor | None = 1,
-        dropout: float | None = None,
-        rank_dropout: float | None = None,
-        module_dropout: float | None = None,
-    ) -> None:
-        """
-        Args:
-            alpha: None or 0 means the rank.
-            dropout, rank_dropout, module_dropout: chances to drop a hidden value, a rank, the whole module.
-        """
-        super().__init__(lora_name, org_module, multiplier)
-        self.lora_dim = lora_dim
-        self.is_conv = type(org_module).__name__ == "Conv2d"
-        self.make_layers(org_module, lora_dim)
-        alpha = alpha.detach().float().item() if isinstance(alpha, Tensor) else alpha
-        alpha = lora_dim if alpha is None or alpha == 0 else alpha
-        self.scale = alpha / lora_dim
-        self.register_buffer("alpha", torch.tensor(alpha))
-        self.initialize()
-        self.dropout, self.rank_dropout, self.module_dropout = dropout, rank_dropout, module_dropout
-        self._drops = any(p is not None for p in (dropout, rank_dropout, module_dropout))
-        self._fused_layer: list[nn.Module] = []
-
-    def make_layers(self, layer: Any, rank: int) -> None:
-        """`lora_down` and `lora_up` for a layer, with their constructors' draws in this order."""
-        if self.is_conv:
-            kernel, stride, padding = layer.kernel_size, layer.stride, layer.padding
-            self.lora_down = nn.Conv2d(layer.in_channels, rank, kernel, stride, padding, bias=False)
-            self.lora_up = nn.Conv2d(rank, layer.out_channels, (1, 1), (1, 1), bias=False)
-        else:
-            self.lora_down = nn.Linear(layer.in_features, rank, bias=False)
-            self.lora_up = nn.Linear(rank, layer.out_features, bias=False)
-
-    def initialize(self) -> None:
-        """Starting values: no update at first."""
-        nn.init.kaiming_uniform_(self.lora_down.weight, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_up.weight)
-
-    def apply_to(self) -> None:
-        """Take over the layer's forward; a plain layer's own computation is fused with the update."""
-        if low_rank.can_fuse(self.org_module):
-            self._fused_layer = [self.org_module]
-        super().apply_to()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The layer with its update; dropouts only in training."""
-        if not self.enabled:
-            return self.org_forward(x)
-        if self._drops and self.training:
-            return self._dropout_forward(x)
-        return self.default_forward(x)
-
-    def default_forward(self, x: Tensor) -> Tensor:
-        """Layer and update without dropout: two kernels more than the layer alone."""
-        down, up = self.lora_down.weight, self.lora_up.weight
-        scale = self.multiplier * self.scale
-        if self._fused_layer and not torch.compiler.is_compiling():
-            layer = self._fused_layer[0]
-            if not layer.weight.requires_grad:
-                return low_rank.fused(x, layer, down, up, scale)
-        base = self.org_forward(x)
-        hidden = self._down(x)
-        add = low_rank.add_to_pixels if self.is_conv else low_rank.add_to_rows
-        return add(base, hidden, low_rank.match(up, base), scale)
-
-    def low_rank_output(self, x: Tensor) -> Tensor:
-        """The update alone, scaled."""
-        return self._up(self._down(x)) * (self.multiplier * self.scale)
-
-    def _down(self, x: Tensor) -> Tensor:
-        weight = low_rank.match(self.lora_down.weight, x)
-        if self.is_conv:
-            return F.conv2d(x, weight, None, self.lora_down.stride, self.lora_down.padding)
-        return F.linear(x, weight)
-
-    def _up(self, hidden: Tensor) -> Tensor:
-        weight = low_rank.match(self.lora_up.weight, hidden)
-        return F.conv2d(hidden, weight) if self.is_conv else F.linear(hidden, weight)
-
-    def _dropout_forward(self, x: Tensor) -> Tensor:
-        base = self.org_forward(x)
-        if self.module_dropout is not None and torch.rand(1) < self.module_dropout:
-            return base
-        hidden = self._down(x)
-        scale = self.multiplier * self.scale
-        if self.dropout is not None:
-            hidden = F.dropout(hidden, self.dropout)
-        if self.rank_dropout is not None:
-            keep = torch.rand((hidden.shape[0], self.lora_dim), device=hidden.device) > self.rank_dropout
-            shape = {3: (-1, 1, self.lora_dim), 4: (-1, self.lora_dim, 1, 1)}.get(hidden.dim(), (-1, self.lora_dim))
-            hidden = hidden * keep.view(shape)
-            scale = scale / (1.0 - self.rank_dropout)
-        return base + self._up(hidden) * scale
-
-    def get_weight(self, multiplier: float | None = None) -> Tensor:
-        """The update as a weight of the layer's shape, float32, at a strength (default: the module's)."""
-        multiplier = self.multiplier if multiplier is None else multiplier
-        down, up = self.lora_down.weight.detach().float(), self.lora_up.weight.detach().float()
-        delta = up.flatten(1) @ down.flatten(1)
-        return delta.view(up.shape[0], *down.shape[1:]) * (multiplier * self.scale)
-
-    def merged_weight(self, weight: Tensor, multiplier: float | None = None) -> Tensor:
-        """The layer's weight plus the update."""
-        return weight.float() + self.get_weight(multiplier).to(weight.device)
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        """A loaded alpha also sets the scale, so that a file works as strongly here as anywhere."""
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if f"{prefix}alpha" in state_dict and not self.alpha.is_meta:
-            self.scale = float(self.alpha) / self.lora_dim
-
-
-class LoRAInfModule(RegionalModule, LoRAModule):
-    """The module for generation: merging, regions, no dropout."""
-
-    def __init__(
-        self,
-        lora_name: str,
-        org_module: nn.Module,
-        multiplier: float = 1.0,
-        lora_dim: int = 4,
-        alpha: float | Tensor | None = 1,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(lora_name, org_module, multiplier, lora_dim, alpha)
-        self.network = None
-        self.is_regional = self.takes_sub_prompt = self.is_text_encoder = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The layer with its update, confined to the network's region if it has one."""
-        if not self.enabled:
-            return self.org_forward(x)
-        if self.network is None or self.network.sub_prompt_index is None:
-            return self.default_forward(x)
-        if self.is_regional or self.takes_sub_prompt:
-            return self.regional_forward(x)
-        return self.default_forward(x)
+BLOCK_RATE_ARGUMENTS = ("down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_lr_zero_threshold")
+LORAPLUS_ARGUMENTS = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
+ARGUMENTS = (
+    "conv_dim",
+    "conv_alpha",
+    "block_dims",
+    "block_alphas",
+    "conv_block_dims",
+    "conv_block_alphas",
+    *BLOCK_RATE_ARGUMENTS,
+    "rank_dropout",
+    "module_dropout",
+    *LORAPLUS_ARGUMENTS,
+)
 
 
 class LoRANetwork(RegionalNetwork):
@@ -303,9 +162,11 @@ class LoRANetwork(RegionalNetwork):
                     f"block ranks and weights are for SD 1.x/2.x U-Nets; {name} has no block", "leave them out"
                 )
             if not is_conv:
+                assert self.block_alphas is not None, "given with block_dims"
                 return self.block_dims[index], self.block_alphas[index]
             if self.conv_block_dims is None:
                 return None, None
+            assert self.conv_block_alphas is not None, "given with conv_block_dims"
             return self.conv_block_dims[index], self.conv_block_alphas[index]
         return (self.conv_lora_dim, self.conv_alpha) if is_conv else (self.lora_dim, self.alpha)
 
@@ -420,7 +281,7 @@ def create_network(
     Raises:
         UserError: a value that is no number, or lists of the wrong length.
     """
-    _warn_unknown(kwargs)
+    _warn_unknown(kwargs, ARGUMENTS, "in networks.lora")
     dim = DEFAULT_DIM if network_dim is None else int(network_dim)
     alpha = DEFAULT_ALPHA if network_alpha is None else network_alpha
     conv_dim = _number(kwargs, "conv_dim", int)
@@ -463,11 +324,7 @@ def create_network(
     )
     if has_lr_weights:
         network.set_block_lr_weight(up, mid, down)
-    network.set_loraplus_lr_ratio(
-        _number(kwargs, "loraplus_lr_ratio", float),
-        _number(kwargs, "loraplus_unet_lr_ratio", float),
-        _number(kwargs, "loraplus_text_encoder_lr_ratio", float),
-    )
+    network.set_loraplus_lr_ratio(*(_number(kwargs, key, float) for key in LORAPLUS_ARGUMENTS))
     return network
 
 
@@ -486,7 +343,7 @@ def create_network_from_weights(
     Args:
         file: the network file; read unless `weights_sd` holds its tensors.
         for_inference: modules for generation (`LoRAInfModule`).
-        kwargs: of these only the block learning-rate weights are used.
+        kwargs: of these only block learning-rate weights and LoRA+ ratios are used; others get a warning.
 
     Returns:
         The network, and the file's tensors under the network's names.
@@ -497,6 +354,7 @@ def create_network_from_weights(
     source = str(file) if file is not None else "the network"
     weights = dict(weights_sd) if weights_sd is not None else files.read_weights(str(file))
     files.refuse_foreign_methods(weights, source)
+    _warn_unknown(kwargs, (*BLOCK_RATE_ARGUMENTS, *LORAPLUS_ARGUMENTS), "with the ranks of a file")
     weights = names.convert_if_needed(weights, names.unet_names(unet))
     dims, alphas = _ranks_and_alphas(weights)
     network = LoRANetwork(
@@ -511,6 +369,7 @@ def create_network_from_weights(
     down, mid, up = parse_block_lr_kwargs(kwargs)
     if any(weight is not None for weight in (down, mid, up)):
         network.set_block_lr_weight(up, mid, down)
+    network.set_loraplus_lr_ratio(*(_number(kwargs, key, float) for key in LORAPLUS_ARGUMENTS))
     return network, weights
 
 
@@ -526,32 +385,11 @@ def _ranks_and_alphas(weights: Mapping[str, Tensor]) -> tuple[dict[str, int], di
     return dims, {name: alphas.get(name, dim) for name, dim in dims.items()}
 
 
-ARGUMENTS = (
-    "conv_dim",
-    "conv_alpha",
-    "block_dims",
-    "block_alphas",
-    "conv_block_dims",
-    "conv_block_alphas",
-    "down_lr_weight",
-    "mid_lr_weight",
-    "up_lr_weight",
-    "block_lr_zero_threshold",
-    "rank_dropout",
-    "module_dropout",
-    "loraplus_lr_ratio",
-    "loraplus_unet_lr_ratio",
-    "loraplus_text_encoder_lr_ratio",
-)
-
-
-def _warn_unknown(kwargs: Mapping[str, Any]) -> None:
+def _warn_unknown(kwargs: Mapping[str, Any], known: Sequence[str], where: str) -> None:
     """Arguments that do nothing are named, with what was perhaps meant (`dropout` comes from the trainer itself)."""
-    for key in kwargs.keys() - {*ARGUMENTS, "dropout"}:
-        near = difflib.get_close_matches(key, ARGUMENTS, 1)
-        warn_once(
-            f"network argument {key} has no effect in networks.lora" + (f"; did you mean {near[0]}?" if near else "")
-        )
+    for key in sorted(kwargs.keys() - {*known, "dropout"}):
+        near = difflib.get_close_matches(key, known, 1)
+        warn_once(f"network argument {key} has no effect {where}" + (f"; did you mean {near[0]}?" if near else ""))
 
 
 def _number(kwargs: Mapping[str, Any], key: str, kind: type) -> Any:

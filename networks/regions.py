@@ -125,6 +125,7 @@ class RegionalModule(nn.Module):
         if x.shape[0] == batch:
             return self.org_forward(x)
         first = 0 if self.is_text_encoder else batch
+        assert network.sub_prompt_index is not None, "set with the region"
         rows = slice(first + network.sub_prompt_index, first + batch * prompts, prompts)
         update = self.low_rank_output(x[rows])
         y = self.org_forward(x)
@@ -134,6 +135,7 @@ class RegionalModule(nn.Module):
     def _to_out_forward(self, network: RegionalNetwork, x: Tensor) -> Tensor:
         """Join the sub-prompts' rows by the masks; the last network's module, which runs first, does it."""
         batch, prompts, own = network.batch_size, network.num_sub_prompts, network.sub_prompt_index
+        assert own is not None, "set with the region"
         update = self.low_rank_output(x[batch + own : batch + batch * prompts : prompts])
         if network.is_last_network:
             network.shared[self.lora_name] = {}

@@ -29,8 +29,9 @@ def cap(adapters: Iterable[Any], limit: float) -> tuple[Tensor, Tensor, Tensor]:
         downs = [adapter.lora_down.weight for adapter in group]
         ups = [adapter.lora_up.weight for adapter in group]
         down, up = torch.stack(downs), torch.stack(ups)
-        scales = torch.tensor([adapter.scale for adapter in group], dtype=torch.float32)
-        norm = _norms(down.flatten(2).float(), up.flatten(2).float()) * scales.to(down.device, non_blocking=True)
+        # The scale from its buffer, not from the Python number: nothing crosses between host and device.
+        scale = torch.stack([adapter.alpha for adapter in group]).float() / group[0].lora_dim
+        norm = _norms(down.flatten(2).float(), up.flatten(2).float()) * scale
         bounded = norm.clamp(min=limit / 2)
         ratio = bounded.clamp(max=limit) / bounded
         root = ratio.sqrt()

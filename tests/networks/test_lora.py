@@ -17,6 +17,7 @@ from network_models import predict, randomize, small_text_encoder, small_unet
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import library.messages
 from library.messages import UserError
@@ -30,6 +31,16 @@ def applied(text: bool = True, alpha: float = 2.0, **arguments: str) -> tuple[lo
     network = lora.create_network(1.0, 4, alpha, None, text_encoder, unet, **arguments)
     network.apply_to(text_encoder, unet, True, True)
     return randomize(network), text_encoder, unet
+
+
+class HostReads(TorchDispatchMode):
+    """Counts values read from tensors by the host."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.__name__.startswith("_local_scalar_dense")
+        return func(*args, **(kwargs or {}))
 
 
 def encode(text_encoder: nn.Module) -> torch.Tensor:
@@ -174,6 +185,39 @@ def test_unknown_arguments_are_named_once(caplog: pytest.LogCaptureFixture) -> N
     assert "conv_dims has no effect" in caplog.text
     assert "did you mean conv_dim?" in caplog.text
     assert "dropout" not in caplog.text.replace("conv_dims", "")
+
+
+def test_arguments_beside_the_ranks_of_a_file(caplog: pytest.LogCaptureFixture) -> None:
+    """LoRA+ counts; ranks and dropouts, which the file or nobody decides, are named."""
+    library.messages._said.clear()
+    network, _, _ = applied(text=False)
+    with caplog.at_level(logging.WARNING):
+        other, _ = lora.create_network_from_weights(
+            1, None, None, [], small_unet(), network.state_dict(), loraplus_lr_ratio="2", rank_dropout="0.1"
+        )
+    other.apply_to([], None)
+    assert other.prepare_optimizer_params(None, 1e-3, None)[1] == ["unet", "unet plus"]
+    assert "rank_dropout has no effect with the ranks of a file" in caplog.text
+
+
+def test_the_weight_norm_cap_reads_nothing_on_the_host() -> None:
+    """Norms against the products themselves, with convolutions and several shapes."""
+    network, _, _ = applied(alpha=3.0, conv_dim="2", conv_alpha="1")
+    deltas = {module.lora_name: module.get_weight() for module in network.adapters}
+    limit = sorted(float(delta.norm()) for delta in deltas.values())[len(deltas) // 2] * 1.001
+    with HostReads() as mode:
+        scaled, mean, largest = network.apply_max_norm_regularization(limit, "cpu")
+    assert mode.count == 0
+    norms = [float(module.get_weight().norm()) for module in network.adapters]
+    assert int(scaled) == sum(float(delta.norm()) > limit for delta in deltas.values())
+    assert float(mean) == pytest.approx(sum(norms) / len(norms), rel=1e-5)
+    assert float(largest) == pytest.approx(max(norms), rel=1e-5)
+    assert max(norms) <= limit * (1 + 1e-5)
+    for module in network.adapters:
+        delta = deltas[module.lora_name]
+        torch.testing.assert_close(
+            module.get_weight(), delta * min(1, limit / float(delta.norm())), atol=1e-6, rtol=1e-4
+        )
 
 
 def test_block_ranks_on_another_family_are_refused() -> None:
