@@ -6,6 +6,7 @@ Messages go to standard error, what a user asked for (`write`) to standard outpu
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -65,7 +66,7 @@ def set_up(level: str = "INFO", file: str | None = None, simple: bool = False) -
     _Console.simple = simple
     for stream in (sys.stdout, sys.stderr):
         # a console that cannot show a character shows its code; it never stops the program
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     handlers: list[logging.Handler] = [_LineHandler(sys.stderr)]
     if file:

@@ -245,7 +245,7 @@ class BasicTransformerBlock(nn.Module):
         dim: int,
         num_attention_heads: int,
         attention_head_dim: int,
-        cross_attention_dim: int,
+        cross_attention_dim: int | None,
         upcast_attention: bool = False,
     ) -> None:
         super().__init__()

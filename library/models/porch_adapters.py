@@ -15,6 +15,7 @@ from library.models.text_encoders import encode_chunks
 from library.models.tokenizers import CLIP_L, OPENCLIP_H, load_tokenizer
 from library.options.declare import from_namespace
 from library.options.metadata import MetadataConfig
+from library.replaceable import replacement
 
 TOKENIZER_PATH = CLIP_L.repository
 V2_STABLE_DIFFUSION_PATH = OPENCLIP_H.repository
@@ -47,10 +48,11 @@ def load_target_model(
 ) -> tuple[nn.Module, Any, nn.Module, bool]:
     """The same, one process of a machine after the other; with `--lowram` straight to the accelerator's device."""
     device = accelerator.device if getattr(args, "lowram", False) else "cpu"
-    loaded = None
+    load = replacement("train_util", "_load_target_model") or load_target_model_on
+    loaded: Any = None
     for index in range(accelerator.state.num_processes):
         if index == accelerator.state.local_process_index:
-            loaded = load_target_model_on(args, weight_dtype, device, unet_use_linear_projection_in_v2)
+            loaded = load(args, weight_dtype, device, unet_use_linear_projection_in_v2)
         accelerator.wait_for_everyone()
     return loaded
 

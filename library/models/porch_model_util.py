@@ -156,7 +156,7 @@ def save_diffusers_checkpoint(
     if vae is None:
         if source is None:
             raise UserError("the VAE is missing and there is no source to take it from", "give the VAE")
-        vae = open_vae(pretrained_model_name_or_path)
+        vae = open_vae(source)
     model = _as_model(v2, text_encoder, unet, vae, v_prediction=told == "v_prediction")
     if source is not None and source.is_dir():
         model.extras["folder"] = str(source)

@@ -134,10 +134,11 @@ def parse_config(config: dict[str, Any]) -> UNetConfig:
                 f"the U-Net's config.json has {name} = {config[name]!r}, which SD 1.x/2.x models do not have",
                 "use a Stable Diffusion 1.x or 2.x model",
             )
-    values = {k: config[k] for k in UNetConfig.__slots__ if config.get(k) is not None}
+    values: dict[str, Any] = {k: config[k] for k in UNetConfig.__slots__ if config.get(k) is not None}
     if config.get("num_attention_heads") is not None:
         values["attention_head_dim"] = config["num_attention_heads"]
-    record = UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    record = UNetConfig(**values)
     _check(record, config.get("up_block_types"))
     return record
 
@@ -524,7 +525,7 @@ class UNet2DConditionModel(nn.Module):
         return SampleOutput(h) if return_dict else (h,)
 
     def _embed_time(self, timestep: torch.Tensor | float | int, sample: torch.Tensor) -> torch.Tensor:
-        if not torch.is_tensor(timestep):
+        if not isinstance(timestep, torch.Tensor):
             wide = sample.device.type != "mps"
             kinds = (torch.float64 if wide else torch.float32, torch.int64 if wide else torch.int32)
             timestep = torch.tensor([timestep], dtype=kinds[isinstance(timestep, int)], device=sample.device)

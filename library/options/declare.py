@@ -99,7 +99,9 @@ def options_of(config_class: type) -> list[Option]:
             continue
         meta = field.metadata
         element, is_list = _element_type(hints[field.name])
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
         result.append(
             Option(
                 dest=field.name,
@@ -114,7 +116,7 @@ def options_of(config_class: type) -> list[Option]:
     return result
 
 
-ConfigT = typing.TypeVar("ConfigT")
+ConfigT = typing.TypeVar("ConfigT", bound=Any)
 
 
 def from_namespace(config_class: type[ConfigT], namespace: argparse.Namespace) -> ConfigT:

@@ -128,7 +128,7 @@ def _objective(options: Resolved) -> str:
 
 def _precision(options: Resolved) -> str:
     precision = options.precision
-    parts = [{"no": "float32"}.get(precision.mixed_precision, precision.mixed_precision)]
+    parts = ["float32" if precision.mixed_precision == "no" else precision.mixed_precision]
     flags = ("full_fp16", "full_bf16", "fp8_base", "fp8_base_unet", "gradient_checkpointing", "torch_compile")
     parts += [name for name in flags if getattr(precision, name)]
     attention = "sliced" if precision.mem_eff_attn else "xformers" if precision.xformers else "sdpa"

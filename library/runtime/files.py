@@ -56,7 +56,7 @@ def atomic_write(target: str | os.PathLike[str], mode: str = "wb", encoding: str
     Args:
         mode: `wb` or `w`; text is UTF-8 unless `encoding` says otherwise, with line ends as written.
     """
-    text = {} if "b" in mode else {"encoding": encoding or "utf-8", "newline": ""}
+    text: dict[str, Any] = {} if "b" in mode else {"encoding": encoding or "utf-8", "newline": ""}
     with atomic_path(target) as partial, open(partial, mode, **text) as file:
         yield file
 

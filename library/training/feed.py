@@ -83,7 +83,9 @@ class DataFeed:
     def loss_weights(self, batch: Batch, device: torch.device) -> torch.Tensor:
         """float32 (B) or a number, as foreign data sets may give."""
         weights = batch.get("loss_weights", 1.0)
-        return weights.to(device, non_blocking=True) if torch.is_tensor(weights) else torch.tensor(float(weights))
+        return (
+            weights.to(device, non_blocking=True) if isinstance(weights, torch.Tensor) else torch.tensor(float(weights))
+        )
 
     def loss_mask(self, batch: Batch, device: torch.device) -> torch.Tensor | None:
         """(B, 1, H, W) in [0, 1] from the pictures' alpha channels, or None when the batch has none."""

@@ -111,7 +111,7 @@ class LogBook:
             self.hooks.call("step_logging", run.processes.accelerator, logs, entry.step, entry.epoch)
             return
         logs = step_logs(loss, average, entry.rates, self.group_names, optimizer=run.optimizer, **values)
-        self.log_to(logs, step=entry.step)
+        (self.log_to or run.processes.accelerator.log)(logs, step=entry.step)
 
     def open(self, run: Run) -> None:
         """Show the progress from here on."""
