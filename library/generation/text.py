@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import nn
 
 from library.messages import warn_once
 from library.models.family import Family, TextCondition
+from library.models.text_encoders import apply_weights
 from library.models.tokenizers import text_ids
 from library.prompts import chunks
 from library.prompts.chunks import PromptTokens, SpecialIds
@@ -22,13 +22,11 @@ class PromptReader:
     Args:
         tokenizers: one per text encoder.
         max_chunks: how many chunks of 75 tokens a prompt may fill; what is longer is cut, with a warning.
-        captions: read weighted captions of a training: they know no BREAK and are filled up with the end id.
     """
 
-    def __init__(self, tokenizers: Sequence[Any], max_chunks: int = 1, *, captions: bool = False) -> None:
+    def __init__(self, tokenizers: Sequence[Any], max_chunks: int = 1) -> None:
         self.tokenizers = list(tokenizers)
         self.max_chunks = max_chunks
-        self.captions = captions
         self._read: dict[str, list[PromptTokens]] = {}
 
     def tokens(self, text: str) -> list[PromptTokens]:
@@ -36,16 +34,14 @@ class PromptReader:
         if text not in self._read:
             self._read[text] = [self._tokens(text, tokenizer) for tokenizer in self.tokenizers]
             if any(tokens.truncated for tokens in self._read[text]):
-                option = "max_token_length" if self.captions else "max_embeddings_multiples"
                 limit = chunks.CONTENT * self.max_chunks
-                warn_once(f"cut to {limit} tokens (--{option} allows more): {text[:60]} ...")
+                warn_once(f"prompt cut to {limit} tokens (--max_embeddings_multiples allows more): {text[:60]} ...")
         return self._read[text]
 
     def encoder_ids(self, texts: Sequence[str], encoder: int, count: int) -> list[list[list[int]]]:
         """What a text encoder gets: for each text `count` chunks of 77 ids."""
         special = special_ids(self.tokenizers[encoder])
-        fill = dataclasses.replace(special, pad=special.end) if self.captions else special
-        rows = [chunks.padded_ids(self.tokens(text)[encoder].ids, fill, count) for text in texts]
+        rows = [chunks.padded_ids(self.tokens(text)[encoder].ids, special, count) for text in texts]
         return [chunks.encoder_rows(row, special) for row in rows]
 
     def weights(self, texts: Sequence[str], encoder: int, count: int) -> list[list[float]]:
@@ -61,7 +57,7 @@ class PromptReader:
         def tokenize(piece: str) -> list[int]:
             return text_ids(tokenizer, [piece])[0]
 
-        return chunks.prompt_tokens(text, tokenize, special_ids(tokenizer), self.max_chunks, breaks=not self.captions)
+        return chunks.prompt_tokens(text, tokenize, special_ids(tokenizer), self.max_chunks)
 
 
 def special_ids(tokenizer: Any) -> SpecialIds:
@@ -79,7 +75,7 @@ def encode_prompts(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
 ) -> TextCondition:
-    """Encode a batch's prompts, equal ones once; gradients reach the text encoders where they are on.
+    """Encode a batch's prompts, equal ones once.
 
     Args:
         texts: B prompts; all get the number of chunks n that the longest of them fills.
@@ -94,26 +90,15 @@ def encode_prompts(
     ids = [torch.tensor(reader.encoder_ids(distinct, encoder, count), device=device) for encoder in encoders]
     text = family.encode_text(list(text_encoders), ids, tokenizers=reader.tokenizers, clip_skip=clip_skip, dtype=dtype)
     weights = [reader.weights(distinct, encoder, count) for encoder in encoders]
-    hidden = [apply_weights(states, rows) for states, rows in zip(text.hidden, weights, strict=True)]
+    hidden = [weigh(states, rows) for states, rows in zip(text.hidden, weights, strict=True)]
     return select(TextCondition(hidden, text.pooled), [distinct.index(text) for text in texts])
 
 
-def apply_weights(hidden: torch.Tensor, weights: Sequence[Sequence[float]]) -> torch.Tensor:
-    """Weigh hidden states by position, then bring each row's mean back to what it was.
-
-    Args:
-        hidden: (B, L, D).
-        weights: B lists of L numbers.
-
-    Returns:
-        (B, L, D): E * w * mean(E) / mean(E * w), means over positions and features, taken in float32.
-    """
+def weigh(hidden: torch.Tensor, weights: Sequence[Sequence[float]]) -> torch.Tensor:
+    """Hidden states (B, L, D) with B lists of L emphasis weights applied; as they are where all weights are 1."""
     if all(weight == 1.0 for row in weights for weight in row):
         return hidden
-    factors = torch.tensor(weights, device=hidden.device, dtype=hidden.dtype)
-    weighted = hidden * factors.unsqueeze(-1)
-    before, after = (states.float().mean(dim=(-2, -1)).to(hidden.dtype) for states in (hidden, weighted))
-    return weighted * (before / after)[:, None, None]
+    return apply_weights(hidden, torch.tensor(weights, device=hidden.device))
 
 
 def select(text: TextCondition, rows: Sequence[int]) -> TextCondition:

@@ -35,20 +35,18 @@ class PromptTokens:
     truncated: bool = False
 
 
-def prompt_tokens(
-    text: str, tokenize: Tokenize, special: SpecialIds, max_chunks: int = 1, *, breaks: bool = True
-) -> PromptTokens:
+def prompt_tokens(text: str, tokenize: Tokenize, special: SpecialIds, max_chunks: int = 1) -> PromptTokens:
     """Read a prompt with emphasis marks into weighted ids, at most 75 * `max_chunks` of them.
 
     Args:
-        tokenize: text -> ids without begin and end. Each piece of equal weight is tokenised alone.
-        breaks: `BREAK` fills up with padding (picture prompts); captions know no BREAK.
+        tokenize: text -> ids without begin and end. Each piece of equal weight is tokenised alone; a piece `BREAK`
+            fills up with padding.
     """
     limit = CONTENT * max_chunks
     ids: list[int] = []
     weights: list[float] = []
-    for piece, weight in parse_attention(text, breaks=breaks):
-        if breaks and piece.strip() == BREAK:
+    for piece, weight in parse_attention(text, breaks=True):
+        if piece.strip() == BREAK:
             new, weight = [special.pad] * (CHUNK - len(ids) % CHUNK), 1.0
         else:
             new = list(tokenize(piece))
