@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from library.data import sources
 from library.data.cache import cache_latents
+from library.data.classic import load_foreign_dataset
 from library.data.config import parse_resolution, resolve_datasets
 from library.data.config_schema import Support
 from library.data.dataset import DatasetGroup, build_group
 from library.data.latents_file import fingerprint
 from library.messages import UserError, log
+from library.replaceable import replacement
 from library.runtime.processes import Processes
 from library.training.caption_tokens import CaptionTokens
 from library.training.draws import Draws
@@ -35,6 +38,9 @@ def build_data(options: Resolved, support: Support, tokenizers: list[Any], seed:
     if options.dataset.dataset_class:
         return foreign_group(options, tokenizers)
     settings = resolve_datasets(options.dataset, support=support, max_token_length=options.model.max_token_length)
+    foreign = replacement("config_util", "generate_dataset_group_by_blueprint")
+    if foreign is not None:
+        return blueprint_group(foreign, settings, tokenizers, seed)
     skip = options.dataset.on_bad_image == "skip"
     scans = [sources.scan(one, seed=seed, skip_broken=skip) for one in settings]
     for note in [note for result in scans for note in result.notes]:
@@ -44,22 +50,26 @@ def build_data(options: Resolved, support: Support, tokenizers: list[Any], seed:
     return build_group(settings, scans, tokenize=tokenize, seed=seed)
 
 
-def foreign_group(options: Resolved, tokenizers: list[Any]) -> DatasetGroup:
-    """The data set of `--dataset_class`, which makes whole batches itself."""
-    from library.data.classic import load_foreign_dataset
+def foreign_group(options: Resolved, tokenizers: list[Any]) -> Any:
+    """The data set of `--dataset_class`: it makes whole batches itself and stands in for the group."""
+    return load_foreign_dataset(
+        options.dataset.dataset_class,
+        tokenizer=tokenizers if len(tokenizers) > 1 else tokenizers[0],
+        max_token_length=options.model.max_token_length,
+        resolution=parse_resolution(options.dataset.resolution),
+        debug_dataset=options.dataset.debug_dataset,
+    )
+
+
+def blueprint_group(make: Callable[[Any], Any], settings: Any, tokenizers: list[Any], seed: int) -> Any:
+    """The group that somebody's `config_util.generate_dataset_group_by_blueprint` makes of the settings."""
+    from library.training.classic_config import blueprint_of
 
     tokenizer = tokenizers if len(tokenizers) > 1 else tokenizers[0]
-    return DatasetGroup(
-        [
-            load_foreign_dataset(
-                options.dataset.dataset_class,
-                tokenizer=tokenizer,
-                max_token_length=options.model.max_token_length,
-                resolution=parse_resolution(options.dataset.resolution),
-                debug_dataset=options.dataset.debug_dataset,
-            )
-        ]
-    )
+    group = make(blueprint_of(settings, tokenizer=tokenizer).dataset_group)
+    for dataset in group.datasets:
+        dataset.set_seed(seed)
+    return group
 
 
 def cache_group_latents(

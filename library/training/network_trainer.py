@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from library.models.family import Family, LoadedModel, TextCondition, family
+from library.replaceable import replacement
 from library.training import step
+from library.training.classic_text import get_weighted_text_embeddings
 
 if TYPE_CHECKING:
     import argparse
@@ -54,6 +56,9 @@ class NetworkTrainer:
 
     def load_tokenizer(self, args: Any) -> Any:
         """One tokenizer, or a list for families with several."""
+        foreign = replacement("train_util", "load_tokenizer")
+        if foreign is not None:
+            return foreign(args)
         tokenizers = self.family.load_tokenizers(args.v2, args.tokenizer_cache_dir, args.max_token_length)
         return tokenizers if len(tokenizers) > 1 else tokenizers[0]
 
@@ -66,12 +71,17 @@ class NetworkTrainer:
         Returns:
             (model version, text encoder or list of them, VAE, U-Net).
         """
+        device = accelerator.device if args.lowram else "cpu"
+        foreign = replacement("train_util", "_load_target_model")
+        if foreign is not None:
+            encoder, vae, unet, _ = foreign(args, weight_dtype, device)
+            return self.family.version(args.v2, args.v_parameterization), encoder, vae, unet
         self.model = self.family.load(
             args.pretrained_model_name_or_path,
             v2=args.v2,
             v_parameterization=args.v_parameterization,
             vae=args.vae,
-            device=accelerator.device if args.lowram else "cpu",
+            device=device,
         )
         encoders = self.model.text_encoders
         return self.model.version, encoders if len(encoders) > 1 else encoders[0], self.model.vae, self.model.unet
@@ -129,9 +139,11 @@ class NetworkTrainer:
 
     def get_sai_model_spec(self, args: Any) -> dict[str, str]:
         """ModelSpec entries of the network file."""
+        from library.training.data_metadata import common_resolution
         from library.training.metadata import modelspec_for_network
 
-        return modelspec_for_network(args, is_sdxl=self.is_sdxl)
+        datasets = self.run.feed.group.datasets if self.run else []
+        return modelspec_for_network(args, is_sdxl=self.is_sdxl, resolution=common_resolution(datasets))
 
     def get_noise_scheduler(self, args: Any, device: Any) -> Any:
         """The noise schedule of the run."""
@@ -285,8 +297,18 @@ class NetworkTrainer:
         """After each validation batch."""
 
     def weighted_text_cond(self, captions: list[str], weight_dtype: torch.dtype) -> Any:
-        """Encoded captions with emphasis marks (`--weighted_captions`)."""
-        raise NotImplementedError
+        """Encoded captions with emphasis marks (`--weighted_captions`); families with one text encoder only."""
+        assert self.run is not None
+        model = self.run.target.model
+        options = self.run.target.args  # type: ignore[attr-defined]
+        return get_weighted_text_embeddings(
+            model.tokenizers[0],
+            model.text_encoders[0],
+            captions,
+            self.run.processes.device,
+            max_embeddings_multiples=(options.max_token_length or 75) // 75,
+            clip_skip=options.clip_skip,
+        ).to(weight_dtype)
 
 
 def as_condition(value: Any) -> TextCondition:

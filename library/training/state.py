@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from library.messages import UserError, log
 from library.runtime.files import atomic_folder, check_room
+from library.training.optimizers import load_optimizer_state
 from library.training.run import Position
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def load_weights(run: Run, weights: dict[str, torch.Tensor], folder: Path) -> No
 
 def load_optimizer(run: Run, state: dict[str, Any], folder: Path) -> None:
     try:
-        run.optimizer.load_state_dict(state)
+        load_optimizer_state(run.optimizer, state)
     except (ValueError, KeyError) as error:
         raise UserError(
             f"--resume {folder} was made with another optimizer or other parameter groups",
