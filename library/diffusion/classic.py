@@ -115,7 +115,7 @@ def get_timesteps(min_timestep: int, max_timestep: int, b_size: int, device: Any
 def get_huber_threshold_if_needed(args: Any, timesteps: torch.Tensor, noise_scheduler: Any) -> torch.Tensor | None:
     """Threshold (B) of the Huber losses, None for the others."""
     config = from_namespace(ObjectiveConfig, args)
-    if config.loss_type not in ("huber", "smooth_l1"):
+    if config.loss_type not in objective.HUBER_LOSSES:
         return None
     return objective.huber_threshold(timesteps, _schedule(noise_scheduler, timesteps.device), config)
 

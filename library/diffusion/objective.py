@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 
 from library.diffusion.schedule import TIMESTEPS
+from library.replaceable import replacement
 
 if TYPE_CHECKING:
     from library.diffusion.schedule import NoiseSchedule
     from library.options.objective import ObjectiveConfig
 
 MAX_SNR = 1000.0
+HUBER_LOSSES = ("huber", "smooth_l1")
 
 
 def target(
@@ -77,6 +79,10 @@ def element_loss(
     config: ObjectiveConfig,
 ) -> torch.Tensor:
     """Error of each element by `--loss_type`, float32 (B, C, h, w)."""
+    foreign = replacement("train_util", "conditional_loss")
+    if foreign is not None:
+        c = huber_threshold(timesteps, schedule, config) if config.loss_type in HUBER_LOSSES else None
+        return foreign(prediction, target, loss_type=config.loss_type, reduction="none", huber_c=c)
     error = prediction - target
     if config.loss_type == "l2":
         return error**2

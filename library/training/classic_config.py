@@ -203,16 +203,7 @@ class BlueprintGenerator:
         """
         user_config = self.sanitizer.sanitize_user_config(user_config)
         options = _options(self.sanitizer.sanitize_argparse_namespace(argparse_namespace))
-        datasets = [
-            DatasetBlueprint(
-                is_dreambooth=settings.kind == "dreambooth",
-                is_controlnet=settings.kind == "controlnet",
-                params=_dataset_params(settings, runtime_params),
-                subsets=[SubsetBlueprint(_subset_params(subset)) for subset in settings.subsets],
-            )
-            for settings in config.resolve(user_config, options, self.sanitizer.support)
-        ]
-        return Blueprint(DatasetGroupBlueprint(datasets))
+        return blueprint_of(config.resolve(user_config, options, self.sanitizer.support), **runtime_params)
 
     @staticmethod
     def generate_params_by_fallbacks(param_klass: type[Params], fallbacks: Sequence[dict]) -> Params:
@@ -230,6 +221,24 @@ class BlueprintGenerator:
     def search_value(key: str, fallbacks: Sequence[dict], default_value: Any = None) -> Any:
         """The first value of a key that is there and not None."""
         return config.search(key, fallbacks, default_value)
+
+
+def blueprint_of(settings: Sequence[DatasetSettings], **runtime_params: Any) -> Blueprint:
+    """Resolved settings, one per data set, in the form of a blueprint.
+
+    Args:
+        runtime_params: values that are no settings, such as `tokenizer`.
+    """
+    datasets = [
+        DatasetBlueprint(
+            is_dreambooth=one.kind == "dreambooth",
+            is_controlnet=one.kind == "controlnet",
+            params=_dataset_params(one, runtime_params),
+            subsets=[SubsetBlueprint(_subset_params(subset)) for subset in one.subsets],
+        )
+        for one in settings
+    ]
+    return Blueprint(DatasetGroupBlueprint(datasets))
 
 
 def generate_dataset_group_by_blueprint(dataset_group_blueprint: DatasetGroupBlueprint) -> DatasetGroup:

@@ -40,6 +40,7 @@ class DatasetFacts:
 
 def facts_of(dataset: Any) -> DatasetFacts:
     """What the metadata needs of a data set object."""
+    dataset = getattr(dataset, "core", None) or dataset
     settings = dataset.settings if hasattr(dataset, "image_counts") else dataset
     subsets = list(settings.subsets)
     counts = getattr(dataset, "image_counts", None) or [subset.img_count for subset in subsets]

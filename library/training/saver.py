@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.messages import log
 from library.options.hub import HubConfig
+from library.replaceable import replacement
 from library.runtime.precision import save_dtype
 from library.training import saving
 from library.training.hub import Uploads
@@ -71,9 +72,7 @@ class Saver:
         run.log.flush(run)
         run.processes.barrier()
         # sd-scripts states the zero-based epoch at a step save; readers of old files expect it
-        self._save(
-            run, saving.step_name(config.output_name, step, self.extension), "step", step, run.position.epoch - 1
-        )
+        self._save(run, self._step_name(step), "step", step, run.position.epoch - 1)
         if config.save_state:
             self._save_state(run, saving.step_state_name(config.output_name, step), "step", step)
         self._remove("step", saving.oldest_step_to_go(config, step), saving.oldest_step_to_go(config, step, state=True))
@@ -110,6 +109,12 @@ class Saver:
     def adopt_files(self, files: list[dict[str, Any]]) -> None:
         """Go on with the record of the run that is resumed."""
         self.files = saving.SavedFiles.from_data(files)
+
+    def _step_name(self, step: int) -> str:
+        foreign = replacement("train_util", "get_step_ckpt_name")
+        if foreign is not None and self.live is not None:
+            return foreign(self.live, self.extension, step)
+        return saving.step_name(self.options.output_name, step, self.extension)
 
     def _save(self, run: Run, name: str, kind: saving.Kind | None, number: int, epoch: int) -> None:
         if not self.main:
