@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +15,6 @@ from library.data.config_schema import Support
 from library.data.dataset import DatasetGroup, build_group
 from library.data.latents_file import fingerprint
 from library.messages import UserError, log
-from library.replaceable import replacement
 from library.replaceable import replacement
 from library.runtime.processes import Processes
 from library.training.caption_tokens import CaptionTokens
@@ -43,9 +41,6 @@ def build_data(options: Resolved, support: Support, tokenizers: list[Any], seed:
     foreign = replacement("config_util", "generate_dataset_group_by_blueprint")
     if foreign is not None:
         return blueprint_group(foreign, settings, tokenizers, seed)
-    foreign = replacement("config_util", "generate_dataset_group_by_blueprint")
-    if foreign is not None:
-        return blueprint_group(foreign, settings, tokenizers, seed)
     skip = options.dataset.on_bad_image == "skip"
     scans = [sources.scan(one, seed=seed, skip_broken=skip) for one in settings]
     for note in [note for result in scans for note in result.notes]:
@@ -64,17 +59,6 @@ def foreign_group(options: Resolved, tokenizers: list[Any]) -> Any:
         resolution=parse_resolution(options.dataset.resolution),
         debug_dataset=options.dataset.debug_dataset,
     )
-
-
-def blueprint_group(make: Callable[[Any], Any], settings: Any, tokenizers: list[Any], seed: int) -> Any:
-    """The group that somebody's `config_util.generate_dataset_group_by_blueprint` makes of the settings."""
-    from library.training.classic_config import blueprint_of
-
-    tokenizer = tokenizers if len(tokenizers) > 1 else tokenizers[0]
-    group = make(blueprint_of(settings, tokenizer=tokenizer).dataset_group)
-    for dataset in group.datasets:
-        dataset.set_seed(seed)
-    return group
 
 
 def blueprint_group(make: Callable[[Any], Any], settings: Any, tokenizers: list[Any], seed: int) -> Any:

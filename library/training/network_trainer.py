@@ -59,9 +59,6 @@ class NetworkTrainer:
         foreign = replacement("train_util", "load_tokenizer")
         if foreign is not None:
             return foreign(args)
-        foreign = replacement("train_util", "load_tokenizer")
-        if foreign is not None:
-            return foreign(args)
         tokenizers = self.family.load_tokenizers(args.v2, args.tokenizer_cache_dir, args.max_token_length)
         return tokenizers if len(tokenizers) > 1 else tokenizers[0]
 
