@@ -73,6 +73,13 @@ NAMES = {
     "SCHEDULER_LINEAR_END": "library.diffusion.schedule:BETA_END",
     "SCHEDULER_LINEAR_START": "library.diffusion.schedule:BETA_START",
     "SCHEDULER_TIMESTEPS": "library.diffusion.schedule:TIMESTEPS",
+    # generation
+    "StableDiffusionLongPromptWeightingPipeline": (
+        "library.generation.classic_pipeline:StableDiffusionLongPromptWeightingPipeline"
+    ),
+    "load_prompts": "library.training.classic_samples:load_prompts",
+    "sample_images": "library.training.classic_samples:sample_images",
+    "sample_images_common": "library.training.classic_samples:sample_images_common",
     # training: optimizer, files, logs
     "append_lr_to_logs": "library.training.classic_training:append_lr_to_logs",
     "append_lr_to_logs_with_names": "library.training.classic_training:append_lr_to_logs_with_names",

@@ -49,6 +49,17 @@ def synchronize(device: str | torch.device) -> None:
         module.synchronize()
 
 
+def default_generator(device: str | torch.device) -> torch.Generator:
+    """torch's global generator of a device, for foreign callers that seed it."""
+    device = torch.device(device)
+    if device.type == "mps":
+        return torch.mps._get_default_mps_generator()
+    module = _module(device.type)
+    if module is None:
+        return torch.default_generator
+    return module.default_generators[module.current_device() if device.index is None else device.index]
+
+
 @dataclass(frozen=True, slots=True)
 class MemoryStats:
     """Bytes of memory; None where the device or system does not say.

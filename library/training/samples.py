@@ -56,7 +56,7 @@ class SamplePictures:
 
     def draw_if_due(self, run: Run, epoch: int | None, step: int) -> None:
         """What a trainer's base `sample_images` does."""
-        if self._due(epoch, step):
+        if is_due(self.live, epoch, step):
             self._draw(run, epoch)
 
     def _after(self, run: Run, epoch: int | None) -> None:
@@ -64,13 +64,6 @@ class SamplePictures:
             self._call_hook(run, epoch)
         else:
             self.draw_if_due(run, epoch, run.position.step)
-
-    def _due(self, epoch: int | None, step: int) -> bool:
-        """With `sample_every_n_epochs` only epoch ends count; else every n-th update."""
-        every_epochs, every_steps = self.live.sample_every_n_epochs, self.live.sample_every_n_steps
-        if every_epochs:
-            return epoch is not None and epoch % every_epochs == 0
-        return bool(every_steps) and epoch is None and step % every_steps == 0
 
     def _call_hook(self, run: Run, epoch: int | None) -> None:
         assert self.hooks is not None
@@ -113,3 +106,11 @@ class SamplePictures:
             modules=run.target.extra_modules(),
         )
         set_training(run.optimizer, True)
+
+
+def is_due(options: Any, epoch: int | None, step: int) -> bool:
+    """Whether pictures are drawn now: with `sample_every_n_epochs` only at epoch ends, else at every n-th update."""
+    every_epochs, every_steps = options.sample_every_n_epochs, options.sample_every_n_steps
+    if every_epochs:
+        return epoch is not None and epoch % every_epochs == 0
+    return bool(every_steps) and epoch is None and step % every_steps == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from library.generation.request import ImageRequest
 from library.generation.sampling import SamplePrompt, draw_samples, read_prompts, sample_name
 from library.messages import UserError
 from library.models.family import LoadedModel, family
+from library.training.samples import is_due
 
 STAMP = "20240102030405"
 # The prompt itself is no longer read as an option.
@@ -76,6 +78,19 @@ def test_golden_pictures(golden: Path, tmp_path: Path, monkeypatch: pytest.Monke
                 failures.append((number, prompt.control_image))
             if sample_name(name, case["epoch"], case["steps"], index, prompt.seed) != file:
                 failures.append((number, file))
+    assert not failures
+
+
+def test_golden_times(golden: Path) -> None:
+    missing_file, empty_file = 18, 16
+    failures = []
+    for number, case in enumerate(cases(golden)):
+        options = {"sample_every_n_steps": 100, "sample_every_n_epochs": None, **case["options"]}
+        due = is_due(SimpleNamespace(**options), case["epoch"], case["steps"])
+        drew = bool(case.get("pictures")) or number in {missing_file, empty_file}
+        # With an interval of 0 the original divides by it; here it means never.
+        if due != drew and not ("error" in case and number != 15):
+            failures.append(number)
     assert not failures
 
 

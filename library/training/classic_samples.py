@@ -1,0 +1,94 @@
+"""Sample pictures as other programs' training scripts ask for them; nothing inside uses these."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from library.generation.classic_pipeline import StableDiffusionLongPromptWeightingPipeline
+from library.generation.sampling import SamplePrompt, draw_samples, read_prompts
+from library.messages import UserError, log
+from library.models.family import LoadedModel, family
+from library.runtime.precision import weight_dtype
+from library.training.samples import is_due
+
+
+def sample_images(*args: Any, **kwargs: Any) -> None:
+    """`sample_images_common` for SD 1.x and 2.x."""
+    sample_images_common(StableDiffusionLongPromptWeightingPipeline, *args, **kwargs)
+
+
+def sample_images_common(
+    pipe_class: Any,
+    accelerator: Any,
+    args: Any,
+    epoch: int | None,
+    steps: int,
+    device: Any,
+    vae: Any,
+    tokenizer: Any,
+    text_encoder: Any,
+    unet: Any,
+    prompt_replacement: tuple[str, str] | None = None,
+    controlnet: Any = None,
+) -> None:
+    """Draw the sample pictures of `args.sample_prompts` if this step or epoch is one for them.
+
+    Args:
+        pipe_class: says the model family (`family_name`).
+        tokenizer, text_encoder: one, or a list for families with several.
+        prompt_replacement: text that stands for another one in prompts.
+    """
+    if not is_due(args, epoch, steps):
+        return
+    if not args.sample_prompts or not Path(args.sample_prompts).is_file():
+        log.warning(f"no sample pictures: there is no prompt file {args.sample_prompts}")
+        return
+    if controlnet is not None:
+        raise UserError("sample pictures with ControlNet are not supported yet", "leave --sample_prompts out")
+    if not accelerator.is_main_process:
+        return
+    model = LoadedModel(
+        text_encoders=_as_list(text_encoder),
+        vae=vae,
+        unet=accelerator.unwrap_model(unet),
+        tokenizers=_as_list(tokenizer),
+        prediction_type="v_prediction" if args.v_parameterization else "epsilon",
+    )
+    prompts = [_replaced(prompt, prompt_replacement) for prompt in read_prompts(args.sample_prompts)]
+    draw_samples(
+        family(getattr(pipe_class, "family_name", "sd")),
+        model,
+        prompts,
+        output_dir=args.output_dir,
+        output_name=args.output_name,
+        epoch=epoch,
+        step=steps,
+        sampler=args.sample_sampler,
+        clip_skip=args.clip_skip,
+        device=device,
+        autocast_dtype=weight_dtype(accelerator.mixed_precision),
+        seed=args.seed or 0,
+    )
+
+
+def load_prompts(prompt_file: str) -> list[dict[str, Any]]:
+    """A prompt file as a list of tables with the keys of its objects, `enum` being the place in the file."""
+    names = {"steps": "sample_steps", "sampler": "sample_sampler", "control_image": "controlnet_image"}
+    tables = []
+    for index, prompt in enumerate(read_prompts(prompt_file)):
+        values = {names.get(k, k): v for k, v in dataclasses.asdict(prompt).items() if v is not None}
+        tables.append({**values, "enum": index})
+    return tables
+
+
+def _replaced(prompt: SamplePrompt, replacement: tuple[str, str] | None) -> SamplePrompt:
+    if replacement is None:
+        return prompt
+    negative = prompt.negative_prompt and prompt.negative_prompt.replace(*replacement)
+    return dataclasses.replace(prompt, prompt=prompt.prompt.replace(*replacement), negative_prompt=negative)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
