@@ -67,6 +67,7 @@ class AdapterModule(nn.Module):
         multiplier: strength, 1 in training.
         org_module: the layer; gone after `apply_to`, so that it is no part of this module's state.
         org_module_ref: the layer in a list, where `nn.Module` does not see it.
+        conv_in_files: the layer is a matrix here and a 1x1 convolution in the model's file.
         org_forward: the layer's forward as it was before `apply_to` (possibly that of an earlier network).
         enabled: False makes it transparent.
     """
@@ -77,6 +78,7 @@ class AdapterModule(nn.Module):
         self.multiplier = multiplier
         self.org_module = org_module
         self.org_module_ref = [org_module]
+        self.conv_in_files = getattr(org_module, "conv_in_files", False)
         self.enabled = True
 
     def apply_to(self) -> None:
@@ -249,7 +251,20 @@ class AdapterNetwork(nn.Module):
             dtype: of every tensor, alphas included; None = as they are.
             metadata: texts for the header.
         """
-        files.write_weights(self.state_dict(), file, dtype, metadata)
+        files.write_weights(self.file_state(), file, dtype, metadata)
+
+    def file_state(self) -> dict[str, Tensor]:
+        """The adapters' tensors in the shapes that files have.
+
+        A layer that stands for a 1x1 convolution of the model's file (`conv_in_files`) is written as one.
+        """
+        state = dict(self.state_dict())
+        for adapter in self.adapters:
+            if adapter.conv_in_files:
+                for name, tensor in adapter.state_dict().items():
+                    if tensor.dim() == 2:
+                        state[f"{adapter.lora_name}.{name}"] = tensor[:, :, None, None]
+        return state
 
     # Training
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -93,6 +93,12 @@ def refuse_foreign_methods(weights: Mapping[str, Tensor], file: str) -> None:
             )
 
 
+def same_but_ones(a: Sequence[int], b: Sequence[int]) -> bool:
+    """Whether two shapes differ only by ones at their ends: a matrix and a 1x1 convolution."""
+    short, long = sorted((tuple(a), tuple(b)), key=len)
+    return short != long and len(short) > 0 and long == (*short, *[1] * (len(long) - len(short)))
+
+
 def check_match(weights: Mapping[str, Tensor], adapters: Iterable[Any], file: str) -> None:
     """Compare a file's tensors with the adapters that are to take them.
 
@@ -110,7 +116,7 @@ def check_match(weights: Mapping[str, Tensor], adapters: Iterable[Any], file: st
     for name in known:
         shapes = {key: tensor.shape for key, tensor in own[name].state_dict().items()}
         for key, tensor in modules[name].items():
-            if key in shapes and shapes[key] != tensor.shape:
+            if key in shapes and shapes[key] != tensor.shape and not same_but_ones(shapes[key], tensor.shape):
                 raise UserError(
                     f"{file} is {kind_of(weights)}: {name}.{key} is {tuple(tensor.shape)}, here {tuple(shapes[key])}",
                     "give a network of the model's family, or --dim_from_weights if only the rank differs",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from networks import low_rank
+from networks import files, low_rank
 from networks.adapter import AdapterModule
 from networks.regions import RegionalModule
 
@@ -134,8 +134,15 @@ class LoRAModule(AdapterModule):
         """The layer's weight plus the update."""
         return weight.float() + self.get_weight(multiplier).to(weight.device)
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        """A loaded alpha also sets the scale, so that a file works as strongly here as anywhere."""
+    def _load_from_state_dict(self, state_dict: MutableMapping[str, Any], prefix: str, *args: Any) -> None:
+        """A loaded alpha also sets the scale, so that a file works as strongly here as anywhere.
+
+        1x1 convolutions and matrices are read for each other: SD 2.x projections exist in both forms.
+        """
+        for key, own in self.state_dict(prefix=prefix).items():
+            given = state_dict.get(key)
+            if given is not None and files.same_but_ones(given.shape, own.shape):
+                state_dict[key] = given.reshape(own.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if f"{prefix}alpha" in state_dict and not self.alpha.is_meta:
             self.scale = float(self.alpha) / self.lora_dim

@@ -142,6 +142,16 @@ def test_networks_on_one_layer_add_up() -> None:
     torch.testing.assert_close(layer(x), expected)
 
 
+def test_both_orientations_of_the_gradient_of_up() -> None:
+    torch.manual_seed(0)
+    up, hidden, grad = torch.randn(5, 3), torch.randn(3, 7), torch.randn(7, 5)
+    expected = 0.3 * grad.t() @ hidden.t()
+    for few_rows in (False, True):
+        found = low_rank.grad_of_up(up, hidden, grad, 0.3, few_rows=few_rows)
+        torch.testing.assert_close(found, expected)
+        assert found.is_contiguous() != few_rows
+
+
 VIEWS = {"view", "_unsafe_view", "t", "transpose", "permute", "expand", "detach", "alias", "unsqueeze", "as_strided"}
 
 
