@@ -87,6 +87,11 @@ def _unet_part(checkpoint: Checkpoint, config: UNetConfig, kind: Kind, dtype: to
     if kind == "sd2":
         config = dataclasses.replace(config, use_linear_projection=True)
     module = empty_unet(config)
+    if kind == "sd2":
+        # what networks trained on a single SD 2.x file have always been saved as
+        for name, layer in module.named_modules():
+            if name.endswith((".proj_in", ".proj_out")):
+                layer.conv_in_files = True
     entries = key_maps.unet_entries(shapes_of(module), sd_unet_key_map(config), linear_projections=in_file)
     known = {entry.file_key for entry in entries}
     unexpected = [k for k in checkpoint.tensors if k.startswith(key_maps.UNET_PREFIX) and k not in known]
