@@ -41,4 +41,4 @@ class ImageConfig:
     outdir: str = option("outputs", "folder for the pictures; made when missing")
     sequential_file_name: bool = option(False, "name the files im_000001.png and so on")
     use_original_file_name: bool = option(False, "name the files as the pictures of --image_path")
-    max_embeddings_multiples: int | None = option(None, "most chunks of 75 tokens of a prompt; 3 when left out")
+    max_embeddings_multiples: int | None = option(None, "most chunks of 75 tokens of a prompt; 1 when left out")

@@ -108,3 +108,12 @@ def test_sample_images(model: LoadedModel, tmp_path: Path) -> None:
     with Image.open(picture) as image:
         assert image.text["prompt"] == "a red circle"
     assert load_prompts(str(prompts))[0]["sample_steps"] == 2
+
+
+def test_sliced_vae_under_its_old_name() -> None:
+    from library.slicing_vae import SlicingAutoencoderKL
+
+    torch.manual_seed(0)
+    vae = SlicingAutoencoderKL(block_out_channels=(32,), num_slices=3)
+    images = vae.decode(torch.randn(1, 4, 8, 8)).sample
+    assert images.shape == (1, 3, 8, 8)
