@@ -8,10 +8,17 @@ from pathlib import Path
 REFERENCE = Path(__file__).parents[1] / "tests" / "reference"
 
 
-def tiny_run(folder: Path, steps: int) -> list[str]:
-    """Options of `train_network.py` for `steps` updates on the CPU; model and results go into `folder`."""
-    model = folder / "tiny.safetensors"
-    model.write_bytes(lzma.decompress((REFERENCE / "models" / "sd15.safetensors.xz").read_bytes()))
+def small_model() -> Path | None:
+    """The shipped small model, where it is there."""
+    folder = REFERENCE.parents[1] / "examples" / "quickstart" / "model"
+    return folder if (folder / "model_index.json").exists() else None
+
+
+def tiny_run(folder: Path, steps: int, model: Path | None = None) -> list[str]:
+    """Options of `train_network.py` for `steps` updates; results, and a model where none is given, go into `folder`."""
+    if model is None:
+        model = folder / "tiny.safetensors"
+        model.write_bytes(lzma.decompress((REFERENCE / "models" / "sd15.safetensors.xz").read_bytes()))
     return [
         *("--pretrained_model_name_or_path", str(model)),
         *("--train_data_dir", str(REFERENCE / "data" / "train"), "--caption_extension", ".txt"),
