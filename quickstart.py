@@ -195,7 +195,7 @@ def call(what, *arguments):
 def demo():
     """Train, draw without and with the result, and put the pictures side by side."""
     started = time.monotonic()
-    launch = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    launch = ["-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", str(cores())]
     call("training a LoRA", *launch, "train_network.py", "--config_file", f"{EXAMPLE}/train.toml")
     draw = ["gen_img_diffusers.py", "--ckpt", f"{EXAMPLE}/model", "--from_file", f"{EXAMPLE}/prompts.txt"]
