@@ -25,7 +25,7 @@ from benchmarks.models import (
     forward,
     own_unet,
 )
-from library.models.unet_sd import UNetConfig
+from library.models.unet_config import UNetConfig
 
 RANK = 16
 

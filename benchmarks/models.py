@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from library.models import unet_sd
-from library.models.unet_sd import UNetConfig
+from library.models.unet_config import UNetConfig
 from library.runtime.wrap import WrapPolicy, wrap_model
 
 SMALL = UNetConfig(sample_size=32, block_out_channels=(64, 128, 256, 256), cross_attention_dim=768)

@@ -12,7 +12,7 @@ from typing import Literal
 
 from library.messages import UserError
 from library.models.key_maps import CLIP_PREFIX, OPENCLIP_PREFIX, UNET_PREFIX, VAE_PREFIX
-from library.models.unet_sd import CROSS_DOWN, PLAIN_DOWN, UNetConfig
+from library.models.unet_config import CROSS_DOWN, PLAIN_DOWN, UNetConfig
 
 Shapes = Mapping[str, Sequence[int]]
 Kind = Literal["sd1", "sd2", "sdxl"]

@@ -22,7 +22,7 @@ from library.models.folders import read_json
 from library.models.sd import StableDiffusion
 from library.models.sd_saving import save_folder, save_stability, unused_v2_tensors
 from library.models.text_encoders import empty_text_encoder, exchanged_key, text_config
-from library.models.unet_sd import UNetConfig
+from library.models.unet_config import UNetConfig
 from library.models.vae import load_vae as open_vae
 from library.models.vae import vae_config
 

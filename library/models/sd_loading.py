@@ -16,7 +16,8 @@ from library.models.checkpoint import Checkpoint, open_checkpoint
 from library.models.dimensions import KIND_NAMES, Kind, clip_dimensions, kind_of, openclip_dimensions, unet_config
 from library.models.folders import open_part, read_json
 from library.models.text_encoders import empty_text_encoder, exchanged_key, text_config
-from library.models.unet_sd import CROSS_DOWN, UNet2DConditionModel, UNetConfig, from_config, parse_config
+from library.models.unet_config import CROSS_DOWN, UNetConfig, parse_config
+from library.models.unet_sd import UNet2DConditionModel, from_config
 from library.models.vae import diffusers_vae_part, stability_vae_part
 
 PARTS = ("unet", "text_encoder", "vae")

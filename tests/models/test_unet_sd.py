@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from library.messages import UserError
 from library.models import unet_sd
 from library.models.layers import CrossAttention, ResnetBlock2D, Timesteps, Transformer2DModel, timestep_embedding
-from library.models.unet_sd import UNet2DConditionModel, UNetConfig
+from library.models.unet_config import UNetConfig
+from library.models.unet_sd import UNet2DConditionModel
 
 LATER = {
     # An upscaling pass of the generation scripts ("deep shrink") resizes features between levels.

@@ -9,7 +9,8 @@ from torch import nn
 
 from library.models.dimensions import TextDimensions
 from library.models.text_encoders import empty_text_encoder, restore_buffers, text_config
-from library.models.unet_sd import UNetConfig, from_config
+from library.models.unet_config import UNetConfig
+from library.models.unet_sd import from_config
 
 FULL_UNETS = {
     "sd15": UNetConfig(cross_attention_dim=768),

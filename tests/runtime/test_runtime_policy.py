@@ -14,11 +14,12 @@ from torch import nn
 from library import messages
 from library.messages import UserError
 from library.models import unet_sd
+from library.models.unet_config import UNetConfig
 from library.runtime import devices, porch_adapters, precision
 from library.runtime.memory import GarbageCollection, explained_out_of_memory, is_out_of_memory
 from library.runtime.wrap import WrapPolicy, compile_blocks, wrap_model
 
-SMALL = unet_sd.UNetConfig(
+SMALL = UNetConfig(
     block_out_channels=(32, 64),
     down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
     layers_per_block=1,
