@@ -11,7 +11,6 @@ import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 import voluptuous
@@ -289,11 +288,6 @@ def load_user_config(file: str | os.PathLike[str]) -> dict:
         UserError: it cannot be read.
     """
     return config_file.read(file)
-
-
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Put `--dataset_config` on a parser."""
-    parser.add_argument("--dataset_config", type=Path, default=None, help="TOML or JSON file that describes data sets")
 
 
 def _invalid(problem: Problem) -> voluptuous.Invalid:
