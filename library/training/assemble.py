@@ -95,6 +95,7 @@ def network_run(trainer: NetworkTrainer, args: argparse.Namespace, draws: Draws 
 
     trains_text = trainer.is_train_text_encoder(args)
     trains_unet = not options.network.network_train_text_encoder_only
+    draws.seed_creation()
     network, network_args = network_setup.make_network(module, options.network, model)
     if hasattr(network, "prepare_network"):
         network.prepare_network(args)

@@ -60,6 +60,12 @@ class Draws:
         random.seed(value)
         torch.manual_seed(value)
 
+    def seed_creation(self) -> None:
+        """Seed the global generators before a network draws its starting weights."""
+        value = stream_seed(self.seed, "creation")
+        random.seed(value)
+        torch.manual_seed(value)
+
     def posterior(self, place: Place, distribution: Any) -> torch.Tensor:
         """A sample of the VAE's posterior, (B, 4, h, w)."""
         return distribution.sample(self.generator("vae", place))

@@ -64,13 +64,20 @@ class LogBook:
         self.pictures_per_update = pictures_per_update
         self.bar: Progress | None = None
 
-    def micro_step(self, run: Run, loss: torch.Tensor, values: dict[str, Any]) -> None:
+    def note(self, run: Run, loss: torch.Tensor, values: dict[str, Any]) -> None:
         """Note one micro-step, after its update if it made one."""
         position = run.position
         rates = run.lr_schedule.get_last_lr()
         self.entries.append(Entry(position.epoch, position.micro - 1, position.step, loss, rates, values))
+
+    def flush_if_due(self, run: Run) -> None:
+        """Write now if enough was noted, or if a hook wants to see every micro-step."""
         if self._calls_hook() or len(self.entries) >= FLUSH_EVERY * run.accumulation:
             self.flush(run)
+
+    def forget_after(self, step: int) -> None:
+        """Drop what was noted in updates after `step`: they were not made."""
+        self.entries = [entry for entry in self.entries if entry.step <= step]
 
     def flush(self, run: Run) -> None:
         """Fetch everything noted so far in one read and log it."""

@@ -6,6 +6,7 @@ non-finite values are masked there and told one update later (`guard.py`).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,14 +53,16 @@ def train_epoch(run: Run, interrupt: InterruptFlag, garbage: GarbageCollection) 
         pending.append((loss, batch, timesteps))
         run.position.micro += 1
         if run.position.micro % run.accumulation and run.position.micro < len(plan):
-            run.log.micro_step(run, loss, run.target.on_step_end())
+            run.log.note(run, loss, run.target.on_step_end())
+            run.log.flush_if_due(run)
             continue
 
         update(run, pending)
         pending = []
-        run.log.micro_step(run, loss, run.target.on_step_end())
+        run.log.note(run, loss, run.target.on_step_end())
         run.samples.after_update(run)
         run.saver.after_update(run)
+        run.log.flush_if_due(run)
         garbage.step(run.position.step)
         if interrupt.requested:
             save_and_stop(run)
@@ -85,7 +88,8 @@ def micro_step(run: Run, batch: Batch, place: Place) -> tuple[torch.Tensor, torc
 
 def update(run: Run, pending: list[tuple[torch.Tensor, Batch, torch.Tensor | None]]) -> None:
     """Gradients of all processes together, clip, optimizer and schedule step."""
-    before = (run.position.copy(), run.lr_schedule.state_dict())
+    start = replace(run.position, micro=run.position.micro - len(pending))
+    before = (start, run.lr_schedule.state_dict())
     parameters = run.target.trainable_parameters()
     run.target.reduce_gradients(run.processes)
     if run.scaler:
@@ -144,6 +148,7 @@ def stop_if_bad(run: Run, suspect: Suspect | None) -> None:
     position, schedule_state = suspect.place_to_return
     run.position = position
     run.lr_schedule.load_state_dict(schedule_state)
+    run.log.forget_after(position.step)
     run.log.close(run)
     folder = run.saver.save_state_now(run)
     raise UserError(

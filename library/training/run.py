@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,9 +34,6 @@ class Position:
     epoch: int = 1
     micro: int = 0
     step: int = 0
-
-    def copy(self) -> Position:
-        return replace(self)
 
 
 @dataclass(kw_only=True)
