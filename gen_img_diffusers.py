@@ -6,6 +6,7 @@ import argparse
 
 from library.messages import run
 from library.options.parser import build_parser, parse, resolve
+from library.porch import porch
 
 SCRIPT = "gen_img_diffusers.py"
 
@@ -22,6 +23,15 @@ def main(args: argparse.Namespace | None = None) -> None:
     from library.generation.command import run as draw
 
     draw(options, args)
+
+
+# Names that others import from this script.
+NAMES: dict[str, str] = {
+    "handle_dynamic_prompt_variants": "library.generation.porch_adapters:handle_dynamic_prompt_variants",
+    "replace_unet_modules": "library.runtime.porch_adapters:replace_unet_modules",
+    "replace_vae_modules": "library.generation.porch_adapters:replace_vae_modules",
+}
+__getattr__, __dir__ = porch(__name__, NAMES)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ _NAMES = """
 """
 NAMES = {name: f"{_HERE}:{name}" for name in _NAMES.split()} | {
     "UNet2DConditionModel": "library.models.unet_sd:UNet2DConditionModel",
+    "make_bucket_resolutions": "library.data.classic:make_bucket_resolutions",
     "save_file": "library.models.checkpoint_writer:save_tensors",
 }
 __getattr__, __dir__ = porch(__name__, NAMES)

@@ -2,5 +2,5 @@
 
 from library.porch import porch
 
-NAMES = {"SlicingAutoencoderKL": "library.models.vae_slicing:sliced_autoencoder"}
+NAMES = {"SlicingAutoencoderKL": "library.models.porch_slicing_vae:SlicingAutoencoderKL"}
 __getattr__, __dir__ = porch(__name__, NAMES)

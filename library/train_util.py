@@ -54,7 +54,7 @@ NAMES = {
     "calculate_sha256": "library.models.hashes:calculate_sha256",
     "get_hidden_states": "library.models.porch_adapters:get_hidden_states",
     "get_sai_model_spec": "library.models.porch_adapters:get_sai_model_spec",
-    "load_metadata_from_safetensors": "library.models.modelspec:load_metadata_from_safetensors",
+    "load_metadata_from_safetensors": "library.models.porch_adapters:load_metadata_from_safetensors",
     "load_target_model": "library.models.porch_adapters:load_target_model",
     "load_tokenizer": "library.models.porch_adapters:load_tokenizer_of_args",
     "model_hash": "library.models.hashes:model_hash",
@@ -77,6 +77,7 @@ NAMES = {
     "StableDiffusionLongPromptWeightingPipeline": (
         "library.generation.classic_pipeline:StableDiffusionLongPromptWeightingPipeline"
     ),
+    "line_to_prompt_dict": "library.training.classic_samples:line_to_prompt_dict",
     "load_prompts": "library.training.classic_samples:load_prompts",
     "sample_images": "library.training.classic_samples:sample_images",
     "sample_images_common": "library.training.classic_samples:sample_images_common",

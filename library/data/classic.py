@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from PIL import Image
 
 from library.data import images, latents_file
 from library.data.buckets import BucketRule, Size, bucket_sizes, crop_ltrb
@@ -333,3 +334,32 @@ def load_foreign_dataset(
             "derive it from library.train_util.MinimalDataset",
         )
     return dataset
+
+
+def make_bucket_resolutions(
+    max_reso: Size, min_size: int = 256, max_size: int = 1024, divisible: int = 64
+) -> list[Size]:
+    """Bucket sizes of about the area of `max_reso`, ascending."""
+    return bucket_sizes(max_reso, min_size, max_size, divisible)
+
+
+def resize_image(
+    image: np.ndarray,
+    width: int,
+    height: int,
+    resized_width: int,
+    resized_height: int,
+    resize_interpolation: str | None = None,
+) -> np.ndarray:
+    """A picture of (width, height) in another size; without a method: area where it shrinks, else Lanczos."""
+    return images.resize(image, (int(resized_width), int(resized_height)), resize_interpolation or "auto")
+
+
+def pil_resize(image: np.ndarray, size: Size, interpolation: int | None = None) -> np.ndarray:
+    """A picture in another size by Pillow.
+
+    Args:
+        interpolation: one of Pillow's `Resampling`; None is Lanczos.
+    """
+    method = Image.Resampling.LANCZOS if interpolation is None else Image.Resampling(interpolation)
+    return np.asarray(Image.fromarray(image).resize((int(size[0]), int(size[1])), method))

@@ -54,18 +54,18 @@ def _sha256_of(file: IO[bytes]) -> hashlib._Hash:
     return digest
 
 
-def legacy_hash_of(file: IO[bytes]) -> str:
+def legacy_hash_of(b: IO[bytes]) -> str:
     """The old short hash of an opened file or bytes object, wherever it stands."""
-    file.seek(_LEGACY_OFFSET)
-    return hashlib.sha256(file.read(_LEGACY_LENGTH)).hexdigest()[:8]
+    b.seek(_LEGACY_OFFSET)
+    return hashlib.sha256(b.read(_LEGACY_LENGTH)).hexdigest()[:8]
 
 
-def safetensors_data_hash_of(file: IO[bytes]) -> str:
+def safetensors_data_hash_of(b: IO[bytes]) -> str:
     """SHA-256 of the data part of an opened safetensors file."""
-    file.seek(0)
-    length = int.from_bytes(file.read(8), "little")
-    file.seek(8 + length)
-    return _sha256_of(file).hexdigest()
+    b.seek(0)
+    length = int.from_bytes(b.read(8), "little")
+    b.seek(8 + length)
+    return _sha256_of(b).hexdigest()
 
 
 def network_hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> tuple[str, str]:

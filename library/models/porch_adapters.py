@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from library.models import modelspec
 from library.models.modelspec import metadata_of_run
 from library.models.sd import StableDiffusion
 from library.models.text_encoders import encode_chunks
@@ -72,6 +73,11 @@ def get_hidden_states(
         max_token_length=getattr(args, "max_token_length", None),
         dtype=weight_dtype,
     )
+
+
+def load_metadata_from_safetensors(safetensors_file: str) -> dict[str, str]:
+    """Header texts of a file whose name ends in `.safetensors`; else an empty dictionary."""
+    return modelspec.load_metadata_from_safetensors(safetensors_file)
 
 
 def get_sai_model_spec(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,12 +39,3 @@ def _row_padding(conv: nn.Conv2d) -> int:
     if isinstance(conv.padding, str) or conv.padding_mode != "zeros" or conv.dilation != (1, 1) or conv.groups != 1:
         raise ValueError(f"a convolution that cannot be sliced: {conv}")
     return conv.padding[0]
-
-
-def sliced_autoencoder(*, num_slices: int = 16, **config: Any) -> nn.Module:
-    """A new AutoencoderKL of diffusers with sliced convolutions; `config` are AutoencoderKL's own arguments."""
-    from diffusers import AutoencoderKL
-
-    vae = AutoencoderKL(**config)
-    slice_convolutions(vae, num_slices)
-    return vae

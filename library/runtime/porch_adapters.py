@@ -6,6 +6,8 @@ import os
 import time
 from typing import Any
 
+import torch
+
 from library.messages import UserError
 from library.runtime import precision
 from library.runtime.attention import require_xformers
@@ -59,3 +61,17 @@ def patch_accelerator_for_fp16_training(accelerator: Any) -> None:
 
 def init_ipex() -> None:
     """Nothing to do: torch itself supports Intel XPUs."""
+
+
+def ipex_init() -> tuple[bool, None]:
+    """(done, error): there is nothing to do."""
+    return True, None
+
+
+def str_to_dtype(s: str | None, default_dtype: Any = None) -> Any:
+    """`fp32`, `float16`, `bf16`, `fp8_e4m3fn`, ... as a torch dtype; None and words unknown here give the default."""
+    word = (s or "").lower().removeprefix("torch.")
+    if word in ("fp8_e4m3fn", "fp8_e5m2"):
+        return getattr(torch, word.replace("fp8", "float8"))
+    named = {"float32": "fp32", "float16": "fp16", "half": "fp16", "bfloat16": "bf16"}.get(word, word)
+    return precision.dtype_of(named) if named in ("float", "fp32", "fp16", "bf16") else default_dtype

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from library.generation.classic_pipeline import StableDiffusionLongPromptWeightingPipeline
-from library.generation.sampling import SamplePrompt, draw_samples, read_prompts
+from library.generation.sampling import SamplePrompt, draw_samples, read_prompts, sample_prompt
 from library.messages import UserError, log
 from library.models.family import LoadedModel, family
 from library.runtime.precision import weight_dtype
@@ -75,12 +75,17 @@ def sample_images_common(
 
 def load_prompts(prompt_file: str) -> list[dict[str, Any]]:
     """A prompt file as a list of tables with the keys of its objects, `enum` being the place in the file."""
+    return [{**_table(prompt), "enum": index} for index, prompt in enumerate(read_prompts(prompt_file))]
+
+
+def line_to_prompt_dict(line: str) -> dict[str, Any]:
+    """A prompt line (`a cat --w 512 --d 7`) as a table with the keys of a prompt file's objects."""
+    return _table(sample_prompt(line))
+
+
+def _table(prompt: SamplePrompt) -> dict[str, Any]:
     names = {"steps": "sample_steps", "sampler": "sample_sampler", "control_image": "controlnet_image"}
-    tables = []
-    for index, prompt in enumerate(read_prompts(prompt_file)):
-        values = {names.get(k, k): v for k, v in dataclasses.asdict(prompt).items() if v is not None}
-        tables.append({**values, "enum": index})
-    return tables
+    return {names.get(k, k): v for k, v in dataclasses.asdict(prompt).items() if v is not None}
 
 
 def _replaced(prompt: SamplePrompt, replacement: tuple[str, str] | None) -> SamplePrompt:

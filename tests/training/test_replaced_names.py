@@ -13,6 +13,7 @@ from safetensors import safe_open
 import library.config_util
 import library.train_util
 from library.replaceable import REPLACEABLE
+from library.training import classic_config
 
 DATASETS = """
 [[datasets]]
@@ -65,11 +66,8 @@ def test_every_name_is_called(calls: dict, train: Callable[..., Path], tmp_path:
 
 def test_same_weights_as_without(calls: dict, train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Functions that only hand on change nothing (but for the group: other data sets draw in their own order)."""
-    monkeypatch.setattr(
-        library.config_util,
-        "generate_dataset_group_by_blueprint",
-        __import__("library.training.classic_config", fromlist=["x"]).generate_dataset_group_by_blueprint,
-    )
+    own_group = classic_config.generate_dataset_group_by_blueprint
+    monkeypatch.setattr(library.config_util, "generate_dataset_group_by_blueprint", own_group)
     replaced = train(output="replaced", steps=2) / "x.safetensors"
     assert set(calls) == {"load_tokenizer", "_load_target_model", "conditional_loss"}
     monkeypatch.undo()
