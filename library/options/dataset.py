@@ -69,10 +69,10 @@ class DatasetConfig:
     random_crop: bool = option(False, "crop at a random place instead of the centre; not together with --cache_latents")
     resize_interpolation: str | None = option(
         None,
-        "how pictures are resized; when left out, area for smaller and lanczos or cubic for larger",
+        "how pictures are resized; area when left out",
         choices=("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area"),
     )
-    alpha_mask: bool = option(False, "weigh the loss by the pictures' alpha channel")
+    alpha_mask: bool = option(False, "weigh the loss by the pictures' alpha channel: transparent places do not count")
     cache_info: bool = option(False, "remember sizes and captions of the pictures in a file, for a faster start")
     cache_latents: bool = option(False, "encode every picture once before training and keep its latents in memory")
     cache_latents_to_disk: bool = option(

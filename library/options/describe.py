@@ -131,7 +131,7 @@ def _precision(options: Resolved) -> str:
     parts = ["float32" if precision.mixed_precision == "no" else precision.mixed_precision]
     flags = ("full_fp16", "full_bf16", "fp8_base", "fp8_base_unet", "gradient_checkpointing", "torch_compile")
     parts += [name for name in flags if getattr(precision, name)]
-    attention = "sliced" if precision.mem_eff_attn else "xformers" if precision.xformers else "sdpa"
+    attention = "xformers" if precision.xformers and not precision.mem_eff_attn else "sdpa"
     return ", ".join([*parts, f"attention {attention}"])
 
 

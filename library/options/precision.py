@@ -18,7 +18,7 @@ class PrecisionConfig:
     full_bf16: bool = option(False, "hold what is trained in bfloat16 too; needs --mixed_precision bf16")
     fp8_base: bool = option(False, "hold the frozen base model in 8-bit floats; needs --mixed_precision")
     fp8_base_unet: bool = option(False, "hold only the frozen U-Net in 8-bit floats; needs --mixed_precision")
-    mem_eff_attn: bool = option(False, "attention in slices, with little memory; wins over --xformers and --sdpa")
+    mem_eff_attn: bool = option(False, "old name of --sdpa, whose kernels need little memory; wins over --xformers")
     xformers: bool = option(False, "attention by the xformers package; wins over --sdpa")
     sdpa: bool = option(False, "attention by torch's own scaled_dot_product_attention, which is the default")
     gradient_checkpointing: bool = option(

@@ -14,6 +14,7 @@ from library.data.config import parse_resolution, resolve_datasets
 from library.data.config_schema import Support
 from library.data.dataset import DatasetGroup, build_group
 from library.data.latents_file import fingerprint
+from library.data.records import DatasetSettings
 from library.messages import UserError, log
 from library.replaceable import replacement
 from library.runtime.processes import Processes
@@ -41,6 +42,7 @@ def build_data(options: Resolved, support: Support, tokenizers: list[Any], seed:
     foreign = replacement("config_util", "generate_dataset_group_by_blueprint")
     if foreign is not None:
         return blueprint_group(foreign, settings, tokenizers, seed)
+    require_masks(options, settings)
     skip = options.dataset.on_bad_image == "skip"
     scans = [sources.scan(one, seed=seed, skip_broken=skip) for one in settings]
     for note in [note for result in scans for note in result.notes]:
@@ -48,6 +50,19 @@ def build_data(options: Resolved, support: Support, tokenizers: list[Any], seed:
     sources.require_pictures(settings, scans)
     tokenize = CaptionTokens(tokenizers, options.model.max_token_length)
     return build_group(settings, scans, tokenize=tokenize, seed=seed)
+
+
+def require_masks(options: Resolved, settings: tuple[DatasetSettings, ...]) -> None:
+    """`--masked_loss` only where there are masks; alpha masks count without it too.
+
+    Raises:
+        UserError: no data set has masks.
+    """
+    if options.objective.masked_loss and not any(sub.alpha_mask for one in settings for sub in one.subsets):
+        raise UserError(
+            "--masked_loss: no data set has masks",
+            "give --alpha_mask, or alpha_mask = true in the data-set file; masks from a folder are not supported yet",
+        )
 
 
 def foreign_group(options: Resolved, tokenizers: list[Any]) -> Any:

@@ -32,7 +32,7 @@ def choose_attention(model: LoadedModel, options: Resolved) -> None:
     """`--mem_eff_attn`, `--xformers`, `--sdpa` in this order; scaled-dot-product attention without any."""
     precision = options.precision
     model.unet.set_use_memory_efficient_attention(precision.xformers, precision.mem_eff_attn)
-    if precision.sdpa:
+    if precision.sdpa and not precision.xformers:
         model.unet.set_use_sdpa(True)
     if precision.xformers and hasattr(model.vae, "set_use_memory_efficient_attention_xformers"):
         model.vae.set_use_memory_efficient_attention_xformers(True)

@@ -53,5 +53,5 @@ def per_sample_loss(
         run.objective,
         v_prediction=run.v_prediction,
         loss_weights=run.feed.loss_weights(batch, device),
-        mask=run.feed.loss_mask(batch, device) if run.objective.masked_loss else None,
+        mask=run.feed.loss_mask(batch, device),
     )
