@@ -42,6 +42,7 @@ def build_data(options: Resolved, support: Support, tokenizers: list[Any], seed:
     foreign = replacement("config_util", "generate_dataset_group_by_blueprint")
     if foreign is not None:
         return blueprint_group(foreign, settings, tokenizers, seed)
+    refuse_not_yet(settings)
     require_masks(options, settings)
     skip = options.dataset.on_bad_image == "skip"
     scans = [sources.scan(one, seed=seed, skip_broken=skip) for one in settings]
@@ -50,6 +51,21 @@ def build_data(options: Resolved, support: Support, tokenizers: list[Any], seed:
     sources.require_pictures(settings, scans)
     tokenize = CaptionTokens(tokenizers, options.model.max_token_length)
     return build_group(settings, scans, tokenize=tokenize, seed=seed)
+
+
+# Keys of a data-set file whose features are still to come -> the value that asks for nothing.
+NOT_YET = {"validation_split": 0.0, "network_multiplier": 1.0}
+
+
+def refuse_not_yet(settings: tuple[DatasetSettings, ...]) -> None:
+    """Stop at a data-set key that would be read and change nothing.
+
+    Raises:
+        UserError: there is one.
+    """
+    for key, neutral in NOT_YET.items():
+        if any(getattr(one, key) != neutral for one in settings):
+            raise UserError(f"{key} in the data-set file is not supported yet", "leave the key out")
 
 
 def require_masks(options: Resolved, settings: tuple[DatasetSettings, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Alpha masks weigh the loss by themselves, and the attention flags have one order."""
+"""Options and data-set keys that act, or are refused: masks, keys still to come, attention flags."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from library.data.records import DatasetSettings, SubsetSettings
 from library.diffusion.schedule import make_schedule
 from library.messages import UserError
 from library.options.objective import ObjectiveConfig
-from library.training.data_setup import require_masks
+from library.training.data_setup import refuse_not_yet, require_masks
 from library.training.feed import DataFeed
 from library.training.model_setup import choose_attention
 from library.training.step import per_sample_loss
@@ -39,6 +39,13 @@ def test_masked_loss_without_masks_is_refused() -> None:
     with pytest.raises(UserError, match="give --alpha_mask"):
         require_masks(options, (DatasetSettings(subsets=(SubsetSettings(image_dir="d"),)),))
     require_masks(options, (DatasetSettings(subsets=(SubsetSettings(image_dir="d", alpha_mask=True),)),))
+
+
+@pytest.mark.parametrize("values", [{"validation_split": 0.1}, {"network_multiplier": 0.5}])
+def test_keys_of_features_to_come_are_refused(values: dict) -> None:
+    refuse_not_yet((DatasetSettings(),))
+    with pytest.raises(UserError, match="not supported yet"):
+        refuse_not_yet((DatasetSettings(), DatasetSettings(**values)))
 
 
 @pytest.mark.parametrize(
