@@ -35,10 +35,27 @@ def sheet(rows: list[tuple[str, list[Image.Image]]], captions: list[str]) -> Ima
             canvas.paste(picture, (MARGIN + column * (CELL + MARGIN), y))
         y += CELL + MARGIN
     for column, caption in enumerate(captions):
-        words = caption.split()
-        text = " ".join(words[:3]) + "\n" + " ".join(words[3:])
-        pen.multiline_text((MARGIN + column * (CELL + MARGIN), y), text, INK, small)
+        pen.multiline_text((MARGIN + column * (CELL + MARGIN), y), two_lines(caption), INK, small)
     return canvas
+
+
+def grid(pictures: list[Image.Image], captions: list[str], columns: int = 6) -> Image.Image:
+    """Pictures in rows, each with its caption below."""
+    small = ImageFont.load_default(12)
+    rows = -(-len(pictures) // columns)
+    canvas = Image.new("RGB", (MARGIN + columns * (CELL + MARGIN), MARGIN + rows * (CELL + CAPTION + MARGIN)), PAPER)
+    pen = ImageDraw.Draw(canvas)
+    for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        x = MARGIN + number % columns * (CELL + MARGIN)
+        y = MARGIN + number // columns * (CELL + CAPTION + MARGIN)
+        canvas.paste(picture.resize((CELL, CELL), Image.Resampling.LANCZOS), (x, y))
+        pen.multiline_text((x, y + CELL + 2), two_lines(caption), INK, small)
+    return canvas
+
+
+def two_lines(caption: str) -> str:
+    words = caption.split()
+    return " ".join(words[:3]) + "\n" + " ".join(words[3:])
 
 
 def main() -> None:

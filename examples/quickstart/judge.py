@@ -76,11 +76,9 @@ def main() -> None:
     for parts in (("shape",), ("color",), ("background",), ("shape", "color", "background")):
         messages.write(f"{' and '.join(parts)}: {share(looks, pictures, *parts):.0%}")
     if args.sheet:
-        from compare import sheet
+        from compare import grid
 
-        big = [picture.resize((160, 160)) for picture in pictures]
-        rows = [("", big[k : k + 6]) for k in range(0, len(big), 6)]
-        sheet(rows, [look.caption for look in looks[:6]]).save(args.sheet)
+        grid(pictures, [look.caption for look in looks]).save(args.sheet)
 
 
 if __name__ == "__main__":
