@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
@@ -14,7 +13,7 @@ from library.generation.output import OutputFolder, metadata, save_picture
 from library.generation.preview import show
 from library.generation.request import ImageRequest
 from library.generation.seeds import SeedPlan
-from library.messages import UserError, log
+from library.messages import Progress, UserError, log
 from library.options.image import ImageConfig
 from library.prompts import dynamic
 from library.prompts.line_options import ParsedLine, parse_line
@@ -70,6 +69,7 @@ class Session:
         )
         self.output = OutputFolder(config.outdir, sequential=config.sequential_file_name)
         self.queue = BatchQueue(config.batch_size, engine.batch_key)
+        self.progress = Progress(None, "pictures")
         self.drawn = 0
         self.failed = 0
 
@@ -79,17 +79,24 @@ class Session:
         Raises:
             UserError: at the end, when some pictures could not be drawn.
         """
-        for _ in range(self.iterations):
-            self.seeds.start_iteration()
-            if self.config.shuffle_prompts:
-                self.seeds.rng.shuffle(self.lines)
-            self._draw_lines(self.lines)
+        with Progress(self._foreseen(), "pictures") as self.progress:
+            for _ in range(self.iterations):
+                self.seeds.start_iteration()
+                if self.config.shuffle_prompts:
+                    self.seeds.rng.shuffle(self.lines)
+                self._draw_lines(self.lines)
         if self.config.interactive and self.ask is not None:
             for line in iter(self.ask, None):
                 self._draw_lines([line])
         log.info(f"{self.drawn} pictures in {self.output.folder}" if self.drawn else "no pictures drawn")
         if self.failed:
             raise UserError(f"{self.failed} pictures could not be drawn", "see the messages above")
+
+    def _foreseen(self) -> int | None:
+        """Pictures of the whole run, None where a prompt enumerates."""
+        if any(dynamic.is_enumerating(line) for line in self.lines):
+            return None
+        return self.iterations * len(self.lines) * self.config.images_per_prompt
 
     def _draw_lines(self, lines: list[str]) -> None:
         index = 0
@@ -144,7 +151,6 @@ class Session:
 
     def _draw_batches(self, batches: list[list[ImageRequest]]) -> None:
         for batch in batches:
-            started = time.perf_counter()
             try:
                 images = self.engine.generate(batch)
             except (UserError, RuntimeError) as error:
@@ -152,7 +158,7 @@ class Session:
                 continue
             self._save(batch, images)
             self.drawn += len(batch)
-            log.info(f"{len(batch)} drawn in {time.perf_counter() - started:.1f} s")
+            self.progress.update(len(batch))
 
     def _save(self, batch: list[ImageRequest], images: list[Image]) -> None:
         paths = self.output.names([request.seed for request in batch])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from library.diffusion.samplers import make_sampler
 from library.generation import sampling
 from library.generation.engine import Engine
 from library.generation.request import ImageRequest
@@ -78,6 +79,24 @@ def test_golden_pictures(golden: Path, tmp_path: Path, monkeypatch: pytest.Monke
                 failures.append((number, prompt.control_image))
             if sample_name(name, case["epoch"], case["steps"], index, prompt.seed) != file:
                 failures.append((number, file))
+    assert not failures
+
+
+def test_golden_samplers(golden: Path) -> None:
+    """Classes and prediction as recorded; nothing is clipped, and a name that is no sampler is refused."""
+    recorded = json.loads((golden / "training_samples.json").read_text(encoding="utf-8"))["samplers"]
+    failures = []
+    for key, case in recorded.items():
+        name, _, v = key.partition("|")
+        if name == "other":
+            with pytest.raises(UserError, match="unknown sampler"):
+                make_sampler(name)
+            continue
+        sampler = make_sampler(name, v_prediction=bool(v))
+        if type(sampler).__name__ != case["class"] or sampler.config.get("clip_sample"):
+            failures.append(key)
+        if sampler.config["prediction_type"] != case["config"]["prediction_type"]:
+            failures.append(key)
     assert not failures
 
 
