@@ -13,7 +13,7 @@ from library.options.declare import Option
 from library.options.effects import without_effect
 from library.options.parser import Resolved, parse, resolve
 from library.options.scripts import SCRIPTS, find_script
-from tests.options.test_every_option_counts import OF_THE_PARSER, TUNING
+from tests.options.test_every_option_counts import OF_THE_PARSER, TRAIN, TUNING
 
 REFUSED = {
     "train_network.py": {
@@ -43,10 +43,7 @@ REFUSED = {
     },
 }
 OPENED_AT_THE_DOOR = {"console_log_file"}
-BASE = {
-    "train_network.py": "--pretrained_model_name_or_path m --network_module n --output_dir o --train_data_dir d".split(),
-    "gen_img_diffusers.py": ["--ckpt", "m"],
-}
+BASE = {"train_network.py": TRAIN, "gen_img_diffusers.py": ["--ckpt", "m"]}
 
 
 def given(option: Option) -> list[str]:
