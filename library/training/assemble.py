@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,7 +143,7 @@ def network_run(trainer: NetworkTrainer, args: argparse.Namespace, draws: Draws 
         move_vae(model.vae, processes.device, vae_dtype)
     if options.model.v_parameterization:
         log.info("training on velocity")
-    options = resolve(args).replace(**effective_changes(args, options))
+    options = effective_options(args, options)
 
     record = NetworkRecord(
         trainer=trainer,
@@ -318,10 +319,11 @@ def write_back_length(args: Any, feed: DataFeed) -> tuple[int, int]:
     return args.max_train_steps, epochs
 
 
-def effective_changes(args: Any, options: Resolved) -> dict[str, Any]:
-    """Values that assembly changed and configs do not derive themselves."""
+def effective_options(args: Any, asked: Resolved) -> Resolved:
+    """The options as the run uses them; what counts as given is what was asked for, not what assembly wrote back."""
     names = ("learning_rate", "lr_scheduler", "unet_lr", "text_encoder_lr", "scale_weight_norms")
-    return {name: getattr(args, name) for name in names}
+    effective = resolve(args).replace(**{name: getattr(args, name) for name in names})
+    return dataclasses.replace(effective, given=asked.given)
 
 
 def resume(run: Run, options: Resolved) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +12,15 @@ import torch
 from library.data.records import DatasetSettings, SubsetSettings
 from library.diffusion.schedule import make_schedule
 from library.messages import UserError
+from library.options.effects import without_effect
 from library.options.objective import ObjectiveConfig
+from library.options.parser import parse, resolve
+from library.training.assemble import effective_options
 from library.training.data_setup import refuse_not_yet, require_masks
 from library.training.feed import DataFeed
 from library.training.model_setup import choose_attention
 from library.training.step import per_sample_loss
+from library.training.targets.network import NetworkTarget
 
 
 def losses(batch: dict, **options: object) -> torch.Tensor:
@@ -69,3 +75,36 @@ def test_attention_flags(given: tuple[str, ...], expected: str) -> None:
     options = SimpleNamespace(precision=SimpleNamespace(**flags))
     choose_attention(SimpleNamespace(unet=unet, vae=object()), options)
     assert chosen[-1] == expected
+
+
+def test_a_foreign_network_is_saved_whole_or_not_at_all(tmp_path: Path) -> None:
+    class Foreign:
+        def state_dict(self) -> dict:
+            return {}
+
+        def save_weights(self, file: str, dtype: object, metadata: dict) -> None:
+            Path(file).write_bytes(b"weights")
+            if metadata.get("fails"):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    target = NetworkTarget.__new__(NetworkTarget)
+    target.network = Foreign()
+    path = tmp_path / "new" / "net.safetensors"
+    target.save(path, None, {}, epoch=1, step=1)
+    assert path.read_bytes() == b"weights"
+    path.write_bytes(b"earlier")
+    with pytest.raises(UserError, match="disk is full"):
+        target.save(path, None, {"fails": "yes"}, epoch=1, step=2)
+    assert [file.name for file in path.parent.iterdir()] == ["net.safetensors"]
+    assert path.read_bytes() == b"earlier"
+
+
+def test_values_that_assembly_writes_back_do_not_count_as_given() -> None:
+    command = "--pretrained_model_name_or_path m --network_module n --output_dir o --train_data_dir d"
+    args = parse("train_network.py", [*command.split(), "--max_train_epochs", "2"])
+    asked = resolve(args)
+    args.max_train_steps = 12
+    effective = effective_options(args, asked)
+    assert effective.loop.max_train_steps == 12
+    assert "max_train_steps" not in effective.given
+    assert not without_effect(effective)

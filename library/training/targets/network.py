@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from library.messages import UserError
+from library.runtime.files import atomic_path
 from library.training.step import per_sample_loss
 from library.training.targets.target import Target
 
@@ -206,7 +207,8 @@ class NetworkTarget(Target):
                 f"{path.name} is not written: {len(bad)} weights are not finite numbers, the first is {bad[0]}",
                 "lower the learning rate or use --mixed_precision bf16; earlier files are intact",
             )
-        self.network.save_weights(str(path), dtype, metadata)
+        with atomic_path(path) as partial:  # foreign networks neither make the folder nor write atomically
+            self.network.save_weights(str(partial), dtype, metadata)
 
 
 def finite(tensor: torch.Tensor) -> bool:
