@@ -96,8 +96,10 @@ def require_pictures(datasets: Sequence[DatasetSettings], scans: Sequence[ScanRe
         return
     folders = [subset.image_dir or "?" for settings in datasets for subset in settings.subsets]
     notes = [note for result in scans for note in result.notes]
-    looked = f" in {_some(folders)}" if folders else ""
-    raise UserError(f"no pictures found{looked}", "; ".join(notes[:SHOWN]) or "add subsets with an image_dir")
+    if not folders:
+        raise UserError("no pictures found", "add subsets with an image_dir")
+    why = f" ({'; '.join(notes[:SHOWN])})" if notes else ""
+    raise UserError(f"no pictures found in {_some(folders)}{why}", "correct the path, or put pictures there")
 
 
 def balance(pictures: Sequence[Item], target: int) -> list[Item]:

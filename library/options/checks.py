@@ -185,8 +185,10 @@ def check_precision(options: Resolved) -> None:
 
 
 def check_saving(options: Resolved) -> None:
-    """Intervals and retention."""
+    """The folder, intervals and retention."""
     saving = options.saving
+    if saving.output_dir and Path(saving.output_dir).is_file():
+        raise UserError(f"--output_dir {saving.output_dir} is a file", "give a folder; it is made if it does not exist")
     _at_least(
         saving,
         1,

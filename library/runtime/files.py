@@ -114,7 +114,9 @@ def format_bytes(size: int) -> str:
 
 @contextlib.contextmanager
 def _explained(target: Path) -> Iterator[None]:
-    """Turn a full disk and a forbidden folder into a UserError; let every other error through."""
+    """Turn what is wrong with the target (full disk, forbidden folder, a file where a folder must be, ...) into a
+    UserError; let every other error through.
+    """
     try:
         yield
     except UserError:
@@ -126,6 +128,10 @@ def _explained(target: Path) -> Iterator[None]:
         if isinstance(error, PermissionError) and _concerns(error, target):
             remedy = "check its permissions, close programs that have it open, or choose another folder"
             raise UserError(f"{target} may not be written", remedy) from error
+        if isinstance(error, OSError) and _concerns(error, target):
+            raise UserError(
+                f"{target} cannot be written ({error.strerror})", "choose another folder or name"
+            ) from error
         raise
 
 

@@ -6,11 +6,14 @@ import contextlib
 import dataclasses
 import random
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from library.data.debug import debug_dataset
 from library.diffusion.schedule import make_schedule
+from library.generation.sample_prompts import read_prompts
 from library.messages import UserError, log
 from library.options.parser import Resolved, resolve
 from library.runtime.precision import weight_dtype
@@ -25,7 +28,7 @@ from library.training.hub import download_state
 from library.training.latents import LatentEncoder, move_vae
 from library.training.logbook import LogBook
 from library.training.network_record import NetworkRecord
-from library.training.optimizers import Built, make_optimizer
+from library.training.optimizers import Built, make_optimizer, require_one_rate
 from library.training.report import show_settings
 from library.training.run import Position, Run
 from library.training.samples import SamplePictures
@@ -59,68 +62,23 @@ def network_run(trainer: NetworkTrainer, args: argparse.Namespace, draws: Draws 
     """
     refuse_strategy_overrides(trainer)
     hooks = Hooks(trainer)
-    options = resolve(args)
-    if args.seed is None:
-        args.seed = random.SystemRandom().randint(0, MAX_SEED)
-        log.info("--seed is not given, using %d", args.seed)
-
-    tokenizers = as_list(trainer.load_tokenizer(args))
-    group = data_setup.build_data(options, data_setup.NETWORK_SUPPORT, tokenizers, args.seed)
-    if options.dataset.debug_dataset:
-        from library.data.classic import debug_dataset
-
-        debug_dataset(group)
+    tokenizers, group = prepare_data(trainer, hooks, args)
+    if group is None:
         return None
-    write_back_data_options(args)
-    hooks.assert_extra_args(args, group)
     options = resolve(args)
+    module = network_setup.import_network_module(options.network.network_module)
+    check_files(options)
 
     processes, has_trackers = start(options)
     draws = draws or Draws(args.seed, processes.device)
     dtype = weight_dtype(options.precision.mixed_precision)
-    with processes.in_turn():
-        model = model_setup.open_model(trainer, args, dtype, processes.accelerator, tokenizers)
-    model_setup.choose_attention(model, options)
-    model_setup.freeze(model)
-    module = network_setup.import_network_module(options.network.network_module)
-    device = processes.device if options.precision.lowram else "cpu"
-    network_setup.merge_base_weights(module, options.network, model, dtype, device)
+    model = prepare_model(trainer, hooks, args, options, module, tokenizers, group, draws, processes)
+    target, network_args = prepare_target(trainer, hooks, args, options, model, module, group, draws, processes)
+    network = target.network
 
-    vae_dtype = dtype if trainer.cast_vae(args) else torch.float32
-    if options.dataset.cache_latents:
-        data_setup.cache_group_latents(group, options, trainer.family, model, draws, processes, vae_dtype)
-        processes.barrier()
-    hooks.cache_text_outputs(
-        args, processes.accelerator, model.unet, model.vae, tokenizers, model.text_encoders, group, dtype
-    )
-
-    trains_text = trainer.is_train_text_encoder(args)
-    trains_unet = not options.network.network_train_text_encoder_only
-    draws.seed_creation()
-    network, network_args = network_setup.make_network(module, options.network, model)
-    if hasattr(network, "prepare_network"):
-        network.prepare_network(args)
-    max_norm = max_norm_of(network, args)
-    place_models(options, trainer, args, model, processes, dtype, trains_text=trains_text, shapes=len(group))
-    network_setup.apply_network(network, options.network, model, trains_text=trains_text, trains_unet=trains_unet)
-    trainer.post_process_network(args, processes.accelerator, network, model.text_encoders, model.unet)
-    checkpoint_and_compile(options, trainer, model, network, trains_text, processes)
-
-    target = NetworkTarget(
-        hooks=hooks,
-        args=args,
-        accelerator=processes.accelerator,
-        family=trainer.family,
-        model=model,
-        network=network,
-        weight_dtype=dtype,
-        trains_text=trains_text,
-        trains_unet=trains_unet,
-        weighted_captions=options.model.weighted_captions,
-        max_norm=max_norm,
-    )
     groups, names = target.parameter_groups()
     built = make_optimizer(groups, options.optimizer)
+    require_one_rate(built)
     write_back_optimizer(args, built)
     feed = DataFeed(
         group,
@@ -139,10 +97,6 @@ def network_run(trainer: NetworkTrainer, args: argparse.Namespace, draws: Draws 
     if options.precision.full_fp16 or options.precision.full_bf16:
         network.to(dtype)
     network.prepare_grad_etc(network_setup.encoders_argument(model), model.unet)
-    if not options.dataset.cache_latents:
-        move_vae(model.vae, processes.device, vae_dtype)
-    if options.model.v_parameterization:
-        log.info("training on velocity")
     options = effective_options(args, options)
 
     record = NetworkRecord(
@@ -216,6 +170,104 @@ def network_run(trainer: NetworkTrainer, args: argparse.Namespace, draws: Draws 
     return run
 
 
+def prepare_data(trainer: NetworkTrainer, hooks: Hooks, args: Any) -> tuple[list[Any], Any]:
+    """Tokenizers and the data set group; the group is None after `--debug_dataset`."""
+    options = resolve(args)
+    if args.seed is None:
+        args.seed = random.SystemRandom().randint(0, MAX_SEED)
+        log.info("--seed is not given, using %d", args.seed)
+    tokenizers = as_list(trainer.load_tokenizer(args))
+    group = data_setup.build_data(options, data_setup.NETWORK_SUPPORT, tokenizers, args.seed)
+    if options.dataset.debug_dataset:
+        debug_dataset(group)
+        return tokenizers, None
+    write_back_data_options(args)
+    hooks.assert_extra_args(args, group)
+    return tokenizers, group
+
+
+def check_files(options: Resolved) -> None:
+    """Files that are needed later, looked at before minutes are spent on the model and caches."""
+    network, prompts = options.network, options.samples.sample_prompts
+    for path in [*(network.base_weights or ()), *([network.network_weights] if network.network_weights else ())]:
+        network_setup.require_file(path, "a network to start from")
+    if prompts and Path(prompts).is_file():
+        read_prompts(Path(prompts))
+
+
+def prepare_model(
+    trainer: NetworkTrainer,
+    hooks: Hooks,
+    args: Any,
+    options: Resolved,
+    module: ModuleType,
+    tokenizers: list[Any],
+    group: Any,
+    draws: Draws,
+    processes: Processes,
+) -> LoadedModel:
+    """The opened, frozen model with base weights merged and caches made."""
+    dtype = weight_dtype(options.precision.mixed_precision)
+    with processes.in_turn():
+        model = model_setup.open_model(trainer, args, dtype, processes.accelerator, tokenizers)
+    model_setup.choose_attention(model, options)
+    model_setup.freeze(model)
+    device = processes.device if options.precision.lowram else "cpu"
+    network_setup.merge_base_weights(module, options.network, model, dtype, device)
+
+    vae_dtype = dtype if trainer.cast_vae(args) else torch.float32
+    if options.dataset.cache_latents:
+        data_setup.cache_group_latents(group, options, trainer.family, model, draws, processes, vae_dtype)
+        processes.barrier()
+    else:
+        move_vae(model.vae, processes.device, vae_dtype)
+    hooks.cache_text_outputs(
+        args, processes.accelerator, model.unet, model.vae, tokenizers, model.text_encoders, group, dtype
+    )
+    return model
+
+
+def prepare_target(
+    trainer: NetworkTrainer,
+    hooks: Hooks,
+    args: Any,
+    options: Resolved,
+    model: LoadedModel,
+    module: ModuleType,
+    group: Any,
+    draws: Draws,
+    processes: Processes,
+) -> tuple[NetworkTarget, dict[str, Any]]:
+    """The network on the placed model, and the arguments that its module got."""
+    dtype = weight_dtype(options.precision.mixed_precision)
+    trains_text = trainer.is_train_text_encoder(args)
+    trains_unet = not options.network.network_train_text_encoder_only
+    draws.seed_creation()
+    network, network_args = network_setup.make_network(module, options.network, model)
+    if hasattr(network, "prepare_network"):
+        network.prepare_network(args)
+    max_norm = max_norm_of(network, args)
+    place_models(trainer, args, model, processes, dtype)
+    network_setup.apply_network(network, options.network, model, trains_text=trains_text, trains_unet=trains_unet)
+    trainer.post_process_network(args, processes.accelerator, network, model.text_encoders, model.unet)
+    shapes = sum(len(dataset.buckets.sizes) for dataset in group.datasets if hasattr(dataset, "buckets"))
+    checkpoint_and_compile(options, trainer, model, network, trains_text, processes, shapes)
+    target = NetworkTarget(
+        hooks=hooks,
+        args=args,
+        accelerator=processes.accelerator,
+        family=trainer.family,
+        model=model,
+        network=network,
+        weight_dtype=dtype,
+        trains_text=trains_text,
+        trains_unet=trains_unet,
+        weighted_captions=options.model.weighted_captions,
+        max_norm=max_norm,
+    )
+    return target, network_args
+
+
 def start(options: Resolved) -> tuple[Processes, bool]:
     """Join the processes of the launch, with trackers opened; tells whether there are any."""
     choice = choose_trackers(options.logging)
@@ -230,15 +282,7 @@ def start(options: Resolved) -> tuple[Processes, bool]:
 
 
 def place_models(
-    options: Resolved,
-    trainer: NetworkTrainer,
-    args: Any,
-    model: LoadedModel,
-    processes: Processes,
-    dtype: torch.dtype,
-    *,
-    trains_text: bool,
-    shapes: int,
+    trainer: NetworkTrainer, args: Any, model: LoadedModel, processes: Processes, dtype: torch.dtype
 ) -> None:
     """Cast, layout and device of the frozen parts; the network is attached after this and before compiling."""
     wrap_model(
@@ -257,6 +301,7 @@ def checkpoint_and_compile(
     network: Any,
     trains_text: bool,
     processes: Processes,
+    shapes: int,
 ) -> None:
     """Gradient checkpointing and regional compile, after the network was attached."""
     precision = options.precision
@@ -266,6 +311,7 @@ def checkpoint_and_compile(
             device=processes.device,
             checkpointing_interval=precision.gradient_checkpointing_interval if precision.gradient_checkpointing else 0,
             compile_backend=precision.dynamo_backend if precision.torch_compile else None,
+            shapes=max(1, shapes),
         ),
         family=trainer.family.name,
         repeated_block_classes=trainer.family.repeated_block_classes,

@@ -135,6 +135,22 @@ def make_optimizer(groups: Iterable[Any], config: OptimizerConfig) -> Built:
     )
 
 
+def require_one_rate(built: Built) -> None:
+    """Refuse rates that the optimizer itself refuses at its first step: those that adapt the rate want one for all.
+
+    Raises:
+        UserError: the groups have several rates that are not 0.
+    """
+    if "several_lrs" not in built.notices:
+        return
+    rates = sorted({group["lr"] for group in built.optimizer.param_groups} - {0, 0.0})
+    if len(rates) > 1:
+        raise UserError(
+            f"{built.name.rpartition('.')[2]} takes one learning rate for all parts, here {', '.join(map(str, rates))}",
+            "give --unet_lr and --text_encoder_lr the same value (0 freezes a part), or leave both out",
+        )
+
+
 def set_training(optimizer: torch.optim.Optimizer, training: bool) -> None:
     """Switch a schedule-free optimizer's weights between training and evaluation; nothing for the others."""
     switch = getattr(optimizer, "train" if training else "eval", None)

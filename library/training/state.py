@@ -73,10 +73,9 @@ def load_state(run: Run, folder: Path) -> None:
     if not (folder / RUN_FILE).exists():
         load_accelerate_state(run, folder)
         return
-    facts = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    facts, weights, stored = read_parts(folder)
     check_same_run(run, facts, folder)
-    load_weights(run, load_file(folder / "weights.safetensors"), folder)
-    stored = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    load_weights(run, weights, folder)
     load_optimizer(run, stored["optimizer"], folder)
     load_schedule(run, stored["schedule"])
     if run.scaler and stored["scaler"]:
@@ -85,6 +84,22 @@ def load_state(run: Run, folder: Path) -> None:
     run.log.load_state(facts["losses"])
     run.saver.adopt_files(facts["files"])
     log.info("resumed from %s: epoch %d, step %d", folder, run.position.epoch, run.position.step)
+
+
+def read_parts(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any]]:
+    """(facts, weights, optimizer and schedule) of a state folder.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    try:
+        facts = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        weights = load_file(folder / "weights.safetensors")
+        stored = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    except Exception as error:  # safetensors and torch raise many kinds for a cut file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"--resume {folder} is damaged ({reason})", "copy it again, or resume another state") from error
+    return facts, weights, stored
 
 
 def check_same_run(run: Run, facts: dict[str, Any], folder: Path) -> None:
