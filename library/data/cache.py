@@ -64,11 +64,13 @@ class CacheReport:
     """What caching did, on this process.
 
     Attributes:
+        what: the cache's name in messages.
         kept: files that held.
-        made: latents of pictures that had none.
+        made: entries of pictures that had none.
         rebuilt: reason -> files made anew.
     """
 
+    what: str = "latent cache"
     kept: int = 0
     made: int = 0
     rebuilt: Counter[str] = field(default_factory=Counter)
@@ -80,7 +82,7 @@ class CacheReport:
             parts.append(f"{self.rebuilt.total()} rebuilt ({reasons})")
         if self.made or not parts:
             parts.append(f"{self.made} new")
-        return "latent cache: " + ", ".join(parts)
+        return f"{self.what}: " + ", ".join(parts)
 
 
 def cache_latents(

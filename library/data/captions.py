@@ -10,6 +10,7 @@ import math
 import random
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from library.data.records import SubsetSettings
 
@@ -54,6 +55,12 @@ def process(
         elif isinstance(target, str):
             caption = caption.replace(source, target)
     return caption
+
+
+def fixed(caption: str, subset: SubsetSettings, replacements: Sequence[Replacement] = ()) -> str:
+    """The caption as every step sees it, for subsets that change nothing by chance: what a text cache encodes."""
+    subset = replace(subset, caption_dropout_every_n_epochs=0)
+    return process(caption, subset, random.Random(0), epoch=1, step=0, max_train_steps=0, replacements=replacements)
 
 
 def with_affixes(caption: str, subset: SubsetSettings) -> str:

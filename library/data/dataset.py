@@ -14,6 +14,7 @@ from library.data.latents_file import CachedLatents, read_latents
 from library.data.plan import EpochPlan, PlannedBatch, make_plan
 from library.data.records import DatasetSettings, Item, ScanResult, SubsetSettings
 from library.data.sample import Sample, fits_without_buckets, sample_of_cache, sample_of_picture
+from library.data.text_file import CachedText, read_text
 from library.messages import UserError, log
 from library.runtime.streams import python_stream
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from library.data.batch import Batch
 
 Tokenize = Callable[[str], tuple[torch.Tensor, torch.Tensor | None]]
+# (data sets, tokenizers, text encoders, device, dtype, to disk): encodes their captions, see `DatasetGroup.cache_text`.
+CacheText = Callable[[Sequence[Any], Sequence[Any], Sequence[Any], Any, torch.dtype, bool], Any]
 
 
 class Dataset(torch.utils.data.Dataset):
@@ -37,6 +40,7 @@ class Dataset(torch.utils.data.Dataset):
         num_train_images, num_reg_images, tag_frequency, image_counts: see `ScanResult`.
         replacements: (from, to) pairs applied to captions in this order; see `add_replacement`.
         memory_latents: latents kept in memory, by item, filled by `library.data.cache`.
+        memory_text: the same of text outputs, filled by `library.data.text_cache`.
     """
 
     def __init__(self, settings: DatasetSettings, scan: ScanResult, *, tokenize: Tokenize | None, seed: int) -> None:
@@ -63,6 +67,7 @@ class Dataset(torch.utils.data.Dataset):
         self.image_counts = list(scan.image_counts)
         self.replacements: list[tuple[str, str | list[str]]] = []
         self.memory_latents: list[CachedLatents | None] | None = None
+        self.memory_text: list[CachedText] | None = None
         self.max_train_steps = 0
         self.current_epoch = 0
         self.current_step = 0
@@ -125,7 +130,7 @@ class Dataset(torch.utils.data.Dataset):
             UserError: a picture or cache file cannot be used; it names the file.
         """
         self._check_sizes()
-        samples, texts, flips, items = [], [], [], []
+        samples, texts, encoded, flips, items = [], [], [], [], []
         for index, occurrence in zip(planned.items, planned.occurrences, strict=True):
             item = self.items[index]
             subset = self.subsets[item.subset]
@@ -134,14 +139,16 @@ class Dataset(torch.utils.data.Dataset):
             flipped = subset.flip_aug and draw.random() < 0.5
             try:
                 samples.append(self._sample(index, item, subset, draw, flipped))
-                texts.append(self._caption(item, subset, epoch, step, place))
+                encoded.append(self._cached_text(index, item))
+                fixed = encoded[-1] is not None
+                texts.append(self.fixed_caption(item) if fixed else self._caption(item, subset, epoch, step, place))
             except UserError:
                 raise
             except Exception as error:
                 raise RuntimeError(f"preparing {item.key} failed: {error}") from error
             flips.append(flipped)
             items.append(item)
-        return self._collate(samples, texts, flips, items)
+        return self._collate(samples, texts, encoded, flips, items)
 
     def _check_sizes(self) -> None:
         """Without buckets, refuse all pictures of a wrong size at the first batch instead of one by one later."""
@@ -178,6 +185,15 @@ class Dataset(torch.utils.data.Dataset):
             replacements=self.replacements,
         )
 
+    def fixed_caption(self, item: Item) -> str:
+        """The item's caption where nothing changes it by chance; what a text cache encodes."""
+        return captions.fixed(item.caption, self.subsets[item.subset], self.replacements)
+
+    def _cached_text(self, index: int, item: Item) -> CachedText | None:
+        if self.memory_text is not None:
+            return self.memory_text[index]
+        return None if item.text_npz is None else read_text(item.text_npz)
+
     def _sample(self, index: int, item: Item, subset: SubsetSettings, draw: random.Random, flipped: bool) -> Sample:
         cached = self._cached(index, item)
         if cached is not None:
@@ -191,18 +207,27 @@ class Dataset(torch.utils.data.Dataset):
             return None
         return read_latents(item.latents_npz)
 
-    def _collate(self, samples: Sequence[Sample], texts: list[str], flips: list[bool], items: Sequence[Item]) -> Batch:
+    def _collate(
+        self,
+        samples: Sequence[Sample],
+        texts: list[str],
+        encoded: Sequence[CachedText | None],
+        flips: list[bool],
+        items: Sequence[Item],
+    ) -> Batch:
         prior = self.settings.prior_loss_weight
         tops = [images.crop_top_left(s.ltrb, s.target, f) for s, f in zip(samples, flips, strict=True)]
-        ids, ids2 = self._token_ids(texts)
+        outputs = [entry.tensors() for entry in encoded if entry is not None]
+        hidden1, hidden2, pooled = (_stack(column) for column in zip(*outputs, strict=True)) if outputs else [None] * 3
+        ids, ids2 = (None, None) if outputs else self._token_ids(texts)
         attributes = [dict(self.subsets[item.subset].custom_attributes or {}) for item in items]
         return {
             "loss_weights": torch.tensor([prior if item.is_reg else 1.0 for item in items], dtype=torch.float32),
             "input_ids": ids,
             "input_ids2": ids2,
-            "text_encoder_outputs1_list": None,
-            "text_encoder_outputs2_list": None,
-            "text_encoder_pool2_list": None,
+            "text_encoder_outputs1_list": hidden1,
+            "text_encoder_outputs2_list": hidden2,
+            "text_encoder_pool2_list": pooled,
             "images": _stack([s.image for s in samples]),
             "latents": _stack([s.latents for s in samples]),
             "captions": texts,
@@ -298,7 +323,7 @@ def _assign(items: Sequence[Item], rule: BucketRule) -> tuple[list[Item], list[F
 def _stack(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     present = [tensor for tensor in tensors if tensor is not None]
     if present and len(present) != len(tensors):
-        raise RuntimeError("a batch mixes cached latents and pictures")
+        raise RuntimeError("a batch mixes cached and other entries")
     return torch.stack(present) if present else None
 
 
@@ -308,10 +333,12 @@ class DatasetGroup(torch.utils.data.Dataset):
     Attributes:
         datasets: the members: `Dataset`s, or others with the same methods.
         num_train_images, num_reg_images: sums over the members.
+        cache_text: encodes captions with given text encoders; set by whoever knows the models.
     """
 
     def __init__(self, datasets: Sequence[Any]) -> None:
         self.datasets = list(datasets)
+        self.cache_text: CacheText | None = None
         for index, dataset in enumerate(self.datasets):
             dataset.index = index
 
@@ -383,6 +410,25 @@ class DatasetGroup(torch.utils.data.Dataset):
         for dataset in self.datasets:
             if not isinstance(dataset, Dataset):
                 dataset.cache_latents(vae, vae_batch_size, cache_to_disk, is_main_process)
+
+    def cache_text_encoder_outputs(
+        self,
+        tokenizers: Sequence[Any],
+        text_encoders: Sequence[Any],
+        device: Any,
+        weight_dtype: torch.dtype,
+        cache_to_disk: bool = False,
+        is_main_process: bool = True,
+    ) -> None:
+        """Encode the captions of all members once; every process calls it."""
+        if self.cache_text is None:
+            raise RuntimeError("this group was made without a function that encodes text (cache_text)")
+        self.cache_text(self.datasets, tokenizers, text_encoders, device, weight_dtype, cache_to_disk)
+        for dataset in self.datasets:
+            if not isinstance(dataset, Dataset):
+                dataset.cache_text_encoder_outputs(
+                    tokenizers, text_encoders, device, weight_dtype, cache_to_disk, is_main_process
+                )
 
     def is_latent_cacheable(self) -> bool:
         return all(dataset.is_latent_cacheable() for dataset in self.datasets)
