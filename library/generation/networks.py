@@ -189,15 +189,21 @@ def _module(path: str) -> ModuleType:
 
 
 def _create(spec: NetworkSpec, model: LoadedModel) -> tuple[Any, dict[str, torch.Tensor]]:
-    created = _module(spec.module).create_network_from_weights(
-        spec.multiplier,
-        spec.weights,
-        model.vae,
-        _encoders(model),
-        model.unet,
-        for_inference=True,
-        **spec.arguments,
-    )
+    try:
+        created = _module(spec.module).create_network_from_weights(
+            spec.multiplier,
+            spec.weights,
+            model.vae,
+            _encoders(model),
+            model.unet,
+            for_inference=True,
+            **spec.arguments,
+        )
+    except RuntimeError as error:  # torch's word for sizes that do not match, from modules that do not check
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"network {spec.weights} does not fit this model ({reason})", "check the model's family"
+        ) from error
     if created is None or created[0] is None:
         raise UserError(f"{spec.module} made no network from {spec.weights}", "check that file and module fit together")
     return created

@@ -68,6 +68,19 @@ def test_a_network_of_another_family_is_refused(model: LoadedModel, tmp_path: Pa
         load_networks(network_specs(["networks.lora"], [str(file)], None, None), model)
 
 
+def test_a_foreign_network_of_other_sizes_is_a_sentence(
+    model: LoadedModel, lora: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def create(*arguments: object, **options: object) -> None:
+        raise RuntimeError("The size of tensor a (64) must match the size of tensor b (32)\nmore")
+
+    foreign = types.ModuleType("foreign_network")
+    foreign.create_network_from_weights = create  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "foreign_network", foreign)
+    with pytest.raises(UserError, match=r"does not fit this model \(The size of tensor a"):
+        load_networks(network_specs(["foreign_network"], [lora], None, None), model)
+
+
 def test_applied_merged_and_pre_calculated_are_equal(tiny_sd15: Path, lora: str) -> None:
     def drawn(**options: object) -> torch.Tensor:
         model = family("sd").load(tiny_sd15)
