@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from library.messages import UserError
+from library.runtime.files import atomic_folder
 
 CHUNK = 77
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -126,7 +127,8 @@ def load_tokenizer(kind: TokenizerKind, cache_dir: str | Path | None = None) -> 
     else:
         tokenizer = _build(kind)
         if folder is not None:
-            write_tokenizer_folder(folder, kind)
+            with atomic_folder(folder) as partial:
+                write_tokenizer_folder(partial, kind)
     if tokenizer.pad_token_id != kind.pad_id:
         tokenizer.pad_token_id = kind.pad_id
     return tokenizer

@@ -143,7 +143,7 @@ def require_one_rate(built: Built) -> None:
     """
     if "several_lrs" not in built.notices:
         return
-    rates = sorted({group["lr"] for group in built.optimizer.param_groups} - {0, 0.0})
+    rates = sorted({group["lr"] for group in built.optimizer.param_groups} - {0})
     if len(rates) > 1:
         raise UserError(
             f"{built.name.rpartition('.')[2]} takes one learning rate for all parts, here {', '.join(map(str, rates))}",
