@@ -232,6 +232,8 @@ def check_logging(options: Resolved) -> None:
     logging = options.logging
     if logging.logging_dir and Path(logging.logging_dir).is_file():
         raise UserError(f"--logging_dir {logging.logging_dir} is a file", "give a folder")
+    if logging.logging_dir and Path(logging.logging_dir).is_file():
+        raise UserError(f"--logging_dir {logging.logging_dir} is a file", "give a folder")
     if logging.log_with in ("tensorboard", "all") and not logging.logging_dir:
         raise UserError(f"--log_with {logging.log_with} without --logging_dir", "give a folder for the logs")
     secrets = [n for n in ("wandb_api_key", "huggingface_token") if options.value(n)]
