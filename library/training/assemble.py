@@ -38,6 +38,7 @@ from library.training.scaler import make_scaler
 from library.training.schedules import make_lr_schedule
 from library.training.state import load_state
 from library.training.targets.network import NetworkTarget
+from library.training.text_outputs import TextCacher
 from library.training.trackers import choose_trackers, start_trackers
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def network_run(trainer: NetworkTrainer, args: argparse.Namespace, draws: Draws 
     tokenizers, group = prepare_data(trainer, hooks, args)
     if group is None:
         return None
-    options = resolve(args)
+    options = resolve(args, trainer.script)
     module = network_setup.import_network_module(options.network.network_module)
     check_files(options)
 
@@ -172,12 +173,13 @@ def network_run(trainer: NetworkTrainer, args: argparse.Namespace, draws: Draws 
 
 def prepare_data(trainer: NetworkTrainer, hooks: Hooks, args: Any) -> tuple[list[Any], Any]:
     """Tokenizers and the data set group; the group is None after `--debug_dataset`."""
-    options = resolve(args)
+    options = resolve(args, trainer.script)
     if args.seed is None:
         args.seed = random.SystemRandom().randint(0, MAX_SEED)
         log.info("--seed is not given, using %d", args.seed)
     tokenizers = as_list(trainer.load_tokenizer(args))
     group = data_setup.build_data(options, data_setup.NETWORK_SUPPORT, tokenizers, args.seed)
+    group.cache_text = TextCacher(trainer.family, options.model.max_token_length, options.dataset.skip_cache_check)
     if options.dataset.debug_dataset:
         debug_dataset(group)
         return tokenizers, None
@@ -290,6 +292,8 @@ def place_models(
         WrapPolicy(device=processes.device, dtype=dtype if trainer.cast_unet(args) else None),
         family=trainer.family.name,
     )
+    if trainer.is_text_encoder_not_needed_for_training(args):
+        return
     for encoder in model.text_encoders:
         encoder.to(processes.device, dtype if trainer.cast_text_encoder(args) else None)
 
@@ -368,7 +372,7 @@ def write_back_length(args: Any, feed: DataFeed) -> tuple[int, int]:
 def effective_options(args: Any, asked: Resolved) -> Resolved:
     """The options as the run uses them; what counts as given is what was asked for, not what assembly wrote back."""
     names = ("learning_rate", "lr_scheduler", "unet_lr", "text_encoder_lr", "scale_weight_norms")
-    effective = resolve(args).replace(**{name: getattr(args, name) for name in names})
+    effective = resolve(args, asked.script).replace(**{name: getattr(args, name) for name in names})
     return dataclasses.replace(effective, given=asked.given)
 
 

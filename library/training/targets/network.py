@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -201,7 +200,7 @@ class NetworkTarget(Target):
 
     def save(self, path: Path, dtype: torch.dtype | None, metadata: dict[str, str], *, epoch: int, step: int) -> None:
         """Write the network file; refused when a weight is not finite."""
-        bad = [name for name, tensor in self.network.state_dict().items() if not finite(tensor)]
+        bad = non_finite(self.network.state_dict())
         if bad:
             raise UserError(
                 f"{path.name} is not written: {len(bad)} weights are not finite numbers, the first is {bad[0]}",
@@ -211,6 +210,10 @@ class NetworkTarget(Target):
             self.network.save_weights(str(partial), dtype, metadata)
 
 
-def finite(tensor: torch.Tensor) -> bool:
-    """True if every element is a finite number."""
-    return math.isfinite(tensor.float().sum().item()) or bool(torch.isfinite(tensor).all())
+def non_finite(state: dict[str, torch.Tensor]) -> list[str]:
+    """Names of tensors with a NaN or infinity; one host read when there are none."""
+    floating = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+    if not floating:
+        return []
+    flags = torch.stack([torch.isfinite(tensor).all() for tensor in floating.values()]).tolist()
+    return [name for name, finite in zip(floating, flags, strict=True) if not finite]
