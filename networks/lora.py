@@ -6,25 +6,21 @@ and file format are those of sd-scripts.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from library.messages import UserError, log, warn_once
-from networks import files, names, weight_norm
+from library.messages import UserError, log
+from networks import creation, names, weight_norm
 from networks.adapter import as_list, find_layers
-from networks.blocks import (
-    NUM_OF_BLOCKS,
-    RE_UPDOWN,
-    block_lr_weight,
+from networks.block_functions import (
     get_block_dims_and_alphas,
-    get_block_index,
     get_block_lr_weight,
     parse_block_lr_kwargs,
     remove_block_dims_and_alphas,
 )
+from networks.blocks import NUM_OF_BLOCKS, RE_UPDOWN, SDXL, all_weights, get_block_index, layout_of
 from networks.lora_module import LoRAInfModule, LoRAModule
 from networks.optimizer_groups import Part
 from networks.regions import RegionalNetwork
@@ -43,28 +39,13 @@ __all__ = [
     "remove_block_dims_and_alphas",
 ]
 
-DEFAULT_DIM = 4
-DEFAULT_ALPHA = 1.0
-BLOCK_RATE_ARGUMENTS = ("down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_lr_zero_threshold")
-LORAPLUS_ARGUMENTS = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
-ARGUMENTS = (
-    "conv_dim",
-    "conv_alpha",
-    "block_dims",
-    "block_alphas",
-    "conv_block_dims",
-    "conv_block_alphas",
-    *BLOCK_RATE_ARGUMENTS,
-    "rank_dropout",
-    "module_dropout",
-    *LORAPLUS_ARGUMENTS,
-)
-
 
 class LoRANetwork(RegionalNetwork):
     """LoRA modules of a U-Net and its text encoders."""
 
     NUM_OF_BLOCKS = NUM_OF_BLOCKS
+    MODULE_CLASS: ClassVar[type] = LoRAModule
+    INFERENCE_CLASS: ClassVar[type] = LoRAInfModule
     UNET_TARGET_REPLACE_MODULE: ClassVar[list[str]] = ["Transformer2DModel"]
     UNET_TARGET_REPLACE_MODULE_CONV2D_3X3: ClassVar[list[str]] = ["ResnetBlock2D", "Downsample2D", "Upsample2D"]
     TEXT_ENCODER_TARGET_REPLACE_MODULE: ClassVar[list[str]] = ["CLIPAttention", "CLIPSdpaAttention", "CLIPMLP"]
@@ -94,8 +75,8 @@ class LoRANetwork(RegionalNetwork):
         Args:
             text_encoder: one model, a list of them, or None.
             conv_lora_dim: rank of convolutions other than 1x1; None leaves them out.
-            block_dims, block_alphas: 25 values for the U-Net's linear layers and 1x1 convolutions.
-            conv_block_dims, conv_block_alphas: 25 values for its other convolutions.
+            block_dims, block_alphas: 25 values (SDXL 23) for the U-Net's linear layers and 1x1 convolutions.
+            conv_block_dims, conv_block_alphas: as many for its other convolutions.
             modules_dim, modules_alpha: rank and alpha by module name, from a file; overrides everything else.
             varbose: list the layers that get no module.
         """
@@ -107,9 +88,8 @@ class LoRANetwork(RegionalNetwork):
         self.conv_block_dims, self.conv_block_alphas = conv_block_dims, conv_block_alphas
         self.modules_dim, self.modules_alpha = modules_dim, modules_alpha or {}
         self.module_class = module_class
-        self.down_lr_weight: list[float] | None = None
-        self.mid_lr_weight: float | None = None
-        self.up_lr_weight: list[float] | None = None
+        self.layout = layout_of(names.unet_names(unet))
+        self.block_lr_weight: list[float] | None = None
         self.block_lr = False
         self.loraplus_lr_ratio: float | None = None
         self.loraplus_unet_lr_ratio: float | None = None
@@ -156,11 +136,9 @@ class LoRANetwork(RegionalNetwork):
         if self.modules_dim is not None:
             return self.modules_dim.get(name), self.modules_alpha.get(name)
         if is_unet and self.block_dims is not None:
-            index = get_block_index(name)
+            index = self.get_block_index(name)
             if index < 0:
-                raise UserError(
-                    f"block ranks and weights are for SD 1.x/2.x U-Nets; {name} has no block", "leave them out"
-                )
+                raise UserError(f"block ranks and weights: {name} has no block", "leave them out")
             if not is_conv:
                 assert self.block_alphas is not None, "given with block_dims"
                 return self.block_dims[index], self.block_alphas[index]
@@ -193,18 +171,30 @@ class LoRANetwork(RegionalNetwork):
 
     def set_block_lr_weight(
         self,
-        up_lr_weight: list[float] | None = None,
-        mid_lr_weight: float | None = None,
-        down_lr_weight: list[float] | None = None,
+        up_lr_weight: Sequence[float] | None = None,
+        mid_lr_weight: float | Sequence[float] | None = None,
+        down_lr_weight: Sequence[float] | None = None,
     ) -> None:
-        """Learning-rate weights of the blocks (12 up, mid, 12 down)."""
+        """Learning-rate weights of the blocks on the way up, in the middle and on the way down (missing ones: 1).
+
+        As the only argument, a list with a weight for every block, in the order down, mid, up, is taken too.
+        """
         self.block_lr = True
-        self.down_lr_weight, self.mid_lr_weight, self.up_lr_weight = down_lr_weight, mid_lr_weight, up_lr_weight
+        is_whole = up_lr_weight is not None and mid_lr_weight is None and down_lr_weight is None
+        if is_whole and len(up_lr_weight) == self.layout.total:
+            self.block_lr_weight = list(up_lr_weight)
+            return
+        mid = [mid_lr_weight] if isinstance(mid_lr_weight, (int, float)) else mid_lr_weight
+        self.block_lr_weight = all_weights(self.layout, down_lr_weight, mid, up_lr_weight)
+
+    def get_block_index(self, lora_name: str) -> int:
+        """Block of a module in this U-Net's layout; -1 where it has none."""
+        return get_block_index(lora_name, self.layout is SDXL)
 
     def get_lr_weight(self, lora: LoRAModule) -> float:
-        """Learning-rate weight of a module by its block."""
-        index = get_block_index(lora.lora_name)
-        return block_lr_weight(index, self.down_lr_weight, self.mid_lr_weight, self.up_lr_weight)
+        """Learning-rate weight of a module by its block; 1 where nothing is given."""
+        index = self.get_block_index(lora.lora_name)
+        return 1.0 if index < 0 or self.block_lr_weight is None else self.block_lr_weight[index]
 
     def set_loraplus_lr_ratio(
         self,
@@ -243,7 +233,7 @@ class LoRANetwork(RegionalNetwork):
             raise UserError("block learning-rate weights need a rate to multiply", "set --unet_lr or --learning_rate")
         blocks: dict[int, list[LoRAModule]] = {}
         for lora in self.unet_loras:
-            blocks.setdefault(get_block_index(lora.lora_name), []).append(lora)
+            blocks.setdefault(self.get_block_index(lora.lora_name), []).append(lora)
         return [
             Part(f"unet_block{index}", loras, rate * self.get_lr_weight(loras[0]), ratio)
             for index, loras in blocks.items()
@@ -268,64 +258,10 @@ def create_network(
     neuron_dropout: float | None = None,
     **kwargs: Any,
 ) -> LoRANetwork:
-    """A new network for training.
-
-    Args:
-        multiplier: strength, 1 in training.
-        network_dim, network_alpha: rank (None = 4) and alpha (None = 1) of linear layers and 1x1 convolutions.
-        vae: not used.
-        text_encoder: one model or a list.
-        neuron_dropout: chance to drop a hidden value.
-        kwargs: `--network_args` as texts (networks.md 2.3).
-
-    Raises:
-        UserError: a value that is no number, or lists of the wrong length.
-    """
-    _warn_unknown(kwargs, ARGUMENTS, "in networks.lora")
-    dim = DEFAULT_DIM if network_dim is None else int(network_dim)
-    alpha = DEFAULT_ALPHA if network_alpha is None else network_alpha
-    conv_dim = _number(kwargs, "conv_dim", int)
-    conv_alpha = _number(kwargs, "conv_alpha", float)
-    if conv_dim is not None and conv_alpha is None:
-        conv_alpha = 1.0
-
-    down, mid, up = parse_block_lr_kwargs(kwargs)
-    has_lr_weights = any(weight is not None for weight in (down, mid, up))
-    blocks: tuple[Any, Any, Any, Any] = (None, None, None, None)
-    if kwargs.get("block_dims") is not None or has_lr_weights:
-        blocks = get_block_dims_and_alphas(
-            kwargs.get("block_dims"),
-            kwargs.get("block_alphas"),
-            dim,
-            alpha,
-            kwargs.get("conv_block_dims"),
-            kwargs.get("conv_block_alphas"),
-            conv_dim,
-            conv_alpha,
-        )
-        blocks = remove_block_dims_and_alphas(*blocks, down, mid, up)
-
-    network = LoRANetwork(
-        text_encoder,
-        unet,
-        multiplier=multiplier,
-        lora_dim=dim,
-        alpha=alpha,
-        dropout=neuron_dropout,
-        rank_dropout=_number(kwargs, "rank_dropout", float),
-        module_dropout=_number(kwargs, "module_dropout", float),
-        conv_lora_dim=conv_dim,
-        conv_alpha=conv_alpha,
-        block_dims=blocks[0],
-        block_alphas=blocks[1],
-        conv_block_dims=blocks[2],
-        conv_block_alphas=blocks[3],
-        varbose=True,
+    """A new network for training; arguments and errors: `creation.create`."""
+    return creation.create(
+        LoRANetwork, multiplier, network_dim, network_alpha, text_encoder, unet, neuron_dropout, kwargs
     )
-    if has_lr_weights:
-        network.set_block_lr_weight(up, mid, down)
-    network.set_loraplus_lr_ratio(*(_number(kwargs, key, float) for key in LORAPLUS_ARGUMENTS))
-    return network
 
 
 def create_network_from_weights(
@@ -338,63 +274,7 @@ def create_network_from_weights(
     for_inference: bool = False,
     **kwargs: Any,
 ) -> tuple[LoRANetwork, dict[str, Tensor]]:
-    """A network with the ranks and alphas of a file; its values are for the caller to load or merge.
-
-    Args:
-        file: the network file; read unless `weights_sd` holds its tensors.
-        for_inference: modules for generation (`LoRAInfModule`).
-        kwargs: of these only block learning-rate weights and LoRA+ ratios are used; others get a warning.
-
-    Returns:
-        The network, and the file's tensors under the network's names.
-
-    Raises:
-        UserError: the file is of another family or method.
-    """
-    source = str(file) if file is not None else "the network"
-    weights = dict(weights_sd) if weights_sd is not None else files.read_weights(str(file))
-    files.refuse_foreign_methods(weights, source)
-    _warn_unknown(kwargs, (*BLOCK_RATE_ARGUMENTS, *LORAPLUS_ARGUMENTS), "with the ranks of a file")
-    weights = names.convert_if_needed(weights, names.unet_names(unet))
-    dims, alphas = _ranks_and_alphas(weights)
-    network = LoRANetwork(
-        text_encoder,
-        unet,
-        multiplier=multiplier,
-        modules_dim=dims,
-        modules_alpha=alphas,
-        module_class=LoRAInfModule if for_inference else LoRAModule,
+    """A network with the ranks and alphas of a file, and the file's tensors: `creation.create_from_weights`."""
+    return creation.create_from_weights(
+        LoRANetwork, multiplier, file, text_encoder, unet, weights_sd, for_inference, kwargs
     )
-    files.check_match(weights, network.adapters, source)
-    down, mid, up = parse_block_lr_kwargs(kwargs)
-    if any(weight is not None for weight in (down, mid, up)):
-        network.set_block_lr_weight(up, mid, down)
-    network.set_loraplus_lr_ratio(*(_number(kwargs, key, float) for key in LORAPLUS_ARGUMENTS))
-    return network, weights
-
-
-def _ranks_and_alphas(weights: Mapping[str, Tensor]) -> tuple[dict[str, int], dict[str, Any]]:
-    dims: dict[str, int] = {}
-    alphas: dict[str, Any] = {}
-    for name, tensors in files.group_by_module(weights).items():
-        for key, tensor in tensors.items():
-            if "alpha" in key:
-                alphas[name] = tensor
-            elif "lora_down" in key:
-                dims[name] = tensor.shape[0]
-    return dims, {name: alphas.get(name, dim) for name, dim in dims.items()}
-
-
-def _warn_unknown(kwargs: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    """Arguments that do nothing are named, with what was perhaps meant (`dropout` comes from the trainer itself)."""
-    for key in sorted(kwargs.keys() - {*known, "dropout"}):
-        near = difflib.get_close_matches(key, known, 1)
-        warn_once(f"network argument {key} has no effect {where}" + (f"; did you mean {near[0]}?" if near else ""))
-
-
-def _number(kwargs: Mapping[str, Any], key: str, kind: type) -> Any:
-    value = kwargs.get(key)
-    try:
-        return None if value is None else kind(value)
-    except (TypeError, ValueError):
-        raise UserError(f"network argument {key}={value} is not a number", "give a number") from None
