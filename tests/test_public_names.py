@@ -65,6 +65,7 @@ LATER: dict[str, dict[str, str]] = {
         "convert_controlnet_state_dict_to_diffusers": CONTROLNET,
     },
     "library.original_unet": {"InferUNet2DConditionModel": PASSES},
+    "library.sdxl_original_unet": {"InferSdxlUNet2DConditionModel": PASSES},
     "library.utils": {"GradualLatent": PASSES, "EulerAncestralDiscreteSchedulerGL": PASSES},
     "library.deepspeed_utils": {
         "add_deepspeed_arguments": DEEPSPEED,
@@ -86,7 +87,6 @@ LATER_ATTRIBUTES = {
 LATER_MODULES = {
     "library.sdxl_model_util": SDXL,
     "library.sdxl_train_util": SDXL,
-    "library.sdxl_original_unet": SDXL,
     "library.sdxl_lpw_stable_diffusion": SDXL,
     "library.hypernetwork": PASSES,
     "networks.lora_fa": SDXL,

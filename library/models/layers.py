@@ -33,7 +33,7 @@ class SampleOutput:
 
 def run_segment(module: nn.Module, *inputs: Any) -> Any:
     """Call a module; recompute it in the backward pass when it is marked `checkpointed` and trains."""
-    if module.checkpointed and module.training and torch.is_grad_enabled():
+    if getattr(module, "checkpointed", False) and module.training and torch.is_grad_enabled():
         return checkpoint(module, *inputs, use_reentrant=False)
     return module(*inputs)
 
@@ -62,20 +62,30 @@ def _sinusoids(timesteps: torch.Tensor, frequencies: torch.Tensor, width: int, s
     return F.pad(embedding, (0, 1)) if width % 2 else embedding
 
 
+class Sinusoids:
+    """`timestep_embedding` of one width; the frequencies are computed once a device and stay float32."""
+
+    def __init__(self, width: int, shift: float = 0.0) -> None:
+        self.width = width
+        self.shift = shift
+        self._cached: torch.Tensor | None = None
+
+    def __call__(self, timesteps: torch.Tensor) -> torch.Tensor:
+        if self._cached is None or self._cached.device != timesteps.device:
+            self._cached = _frequencies(self.width, self.shift, timesteps.device)
+        return _sinusoids(timesteps, self._cached, self.width)
+
+
 class Timesteps(nn.Module):
-    """`timestep_embedding` as a module without weights; the frequencies are computed once a device."""
+    """`Sinusoids` as a module without weights."""
 
     def __init__(self, num_channels: int, shift: float = 0.0) -> None:
         super().__init__()
         self.num_channels = num_channels
-        self.shift = shift
-        # Not a buffer: those follow .to(dtype), and the frequencies stay float32.
-        self._cached: torch.Tensor | None = None
+        self._sinusoids = Sinusoids(num_channels, shift)
 
     def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
-        if self._cached is None or self._cached.device != timesteps.device:
-            self._cached = _frequencies(self.num_channels, self.shift, timesteps.device)
-        return _sinusoids(timesteps, self._cached, self.num_channels)
+        return self._sinusoids(timesteps)
 
 
 class TimeEmbedding(nn.Module):
@@ -273,7 +283,7 @@ class Transformer2DModel(nn.Module):
         cross_attention_dim: width of the context.
         use_linear_projection: `proj_in` and `proj_out` are Linear instead of 1x1 convolutions.
         upcast_attention: see `CrossAttention`.
-        depth: number of transformer blocks.
+        num_transformer_layers: number of transformer blocks.
         norm_num_groups: groups of the norm at the start.
     """
 
@@ -287,8 +297,8 @@ class Transformer2DModel(nn.Module):
         cross_attention_dim: int | None = None,
         use_linear_projection: bool = False,
         upcast_attention: bool = False,
+        num_transformer_layers: int = 1,
         *,
-        depth: int = 1,
         norm_num_groups: int = 32,
     ) -> None:
         super().__init__()
@@ -302,7 +312,7 @@ class Transformer2DModel(nn.Module):
         self.proj_in = nn.Linear(in_channels, inner) if use_linear_projection else nn.Conv2d(in_channels, inner, 1)
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(inner, num_attention_heads, attention_head_dim, cross_attention_dim, upcast_attention)
-            for _ in range(depth)
+            for _ in range(num_transformer_layers)
         )
         self.proj_out = nn.Linear(inner, in_channels) if use_linear_projection else nn.Conv2d(inner, in_channels, 1)
 

@@ -76,3 +76,14 @@ def get_timestep_embedding(
         return embedding
     half = embedding_dim // 2
     return torch.cat([embedding[:, half : 2 * half], embedding[:, :half], embedding[:, 2 * half :]], dim=-1)
+
+
+def get_timestep_embedding_sdxl(
+    timesteps: torch.Tensor,
+    embedding_dim: int,
+    downscale_freq_shift: float = 1,
+    scale: float = 1,
+    max_period: int = 10000,
+) -> torch.Tensor:
+    """`get_timestep_embedding` of `library.sdxl_original_unet`: cosines always first."""
+    return timestep_embedding(timesteps, embedding_dim, downscale_freq_shift, max_period=max_period, scale=scale)

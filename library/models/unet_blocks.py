@@ -227,7 +227,7 @@ def _attention_arguments(
         "in_channels": channels,
         "cross_attention_dim": cross_attention_dim,
         "use_linear_projection": linear,
-        "depth": depth,
+        "num_transformer_layers": depth,
         "norm_num_groups": groups,
     }
 

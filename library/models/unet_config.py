@@ -1,15 +1,20 @@
-"""Dimensions of the SD 1.x/2.x U-Net, in the names of diffusers' `unet/config.json`."""
+"""Dimensions of a U-Net, in the names of diffusers' `unet/config.json`."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
 
 from library.messages import UserError
 from library.models.layers import RESNET_EPS
 
 CROSS_DOWN, PLAIN_DOWN = "CrossAttnDownBlock2D", "DownBlock2D"
+ADM_IN_CHANNELS = 2816
+SIZE_EMBED_DIM = 256
 CROSS_UP, PLAIN_UP = "CrossAttnUpBlock2D", "UpBlock2D"
+
+
+Record = TypeVar("Record", bound="UNetConfig")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +71,35 @@ class UNetConfig:
         }
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SdxlUNetConfig(UNetConfig):
+    """The dimensions of an SDXL U-Net.
+
+    Attributes:
+        projection_class_embeddings_input_dim: width of the vector y: pooled text and six embedded sizes.
+        freq_shift: of the time embedding's frequencies; models in use have 0.
+    """
+
+    sample_size: int = 128
+    block_out_channels: tuple[int, ...] = (320, 640, 1280)
+    down_block_types: tuple[str, ...] = (PLAIN_DOWN, CROSS_DOWN, CROSS_DOWN)
+    transformer_layers_per_block: int | tuple[int, ...] = (1, 2, 10)
+    attention_head_dim: int | tuple[int, ...] = (5, 10, 20)
+    cross_attention_dim: int = 2048
+    use_linear_projection: bool = True
+    projection_class_embeddings_input_dim: int = ADM_IN_CHANNELS
+    freq_shift: float = 0.0
+
+    @property
+    def pooled_dim(self) -> int:
+        """Width of the pooled text."""
+        return self.projection_class_embeddings_input_dim - 6 * SIZE_EMBED_DIM
+
+    def to_diffusers(self) -> dict[str, Any]:
+        """The content of diffusers' `unet/config.json`."""
+        return UNetConfig.to_diffusers(self) | _SDXL | {"freq_shift": self.freq_shift}
+
+
 # What this U-Net cannot vary: any other value in a config.json is refused, because its numbers would differ.
 _FIXED = {
     "act_fn": "silu",
@@ -76,6 +110,11 @@ _FIXED = {
     "mid_block_scale_factor": 1,
     "mid_block_type": "UNetMidBlock2DCrossAttn",
     "norm_eps": RESNET_EPS,
+}
+_SDXL = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": SIZE_EMBED_DIM,
+    "use_linear_projection": True,
 }
 _ABSENT = {
     "addition_embed_type": None,
@@ -108,17 +147,34 @@ def parse_config(config: dict[str, Any]) -> UNetConfig:
     Raises:
         UserError: a setting that the SD 1.x/2.x U-Net does not have.
     """
-    for name, value in (_FIXED | _ABSENT).items():
-        if config.get(name, value) != value and not (name not in _FIXED and config[name] is None):
+    return _parse(config, UNetConfig, _FIXED, _ABSENT, "Stable Diffusion 1.x or 2.x")
+
+
+def parse_sdxl_config(config: dict[str, Any]) -> SdxlUNetConfig:
+    """diffusers' `unet/config.json` of an SDXL model as a record.
+
+    Raises:
+        UserError: a setting that the SDXL U-Net does not have.
+    """
+    fixed = {name: value for name, value in _FIXED.items() if name != "freq_shift"} | _SDXL
+    absent = {name: value for name, value in _ABSENT.items() if name not in _SDXL}
+    return _parse(config, SdxlUNetConfig, fixed, absent, "Stable Diffusion XL")
+
+
+def _parse(
+    config: dict[str, Any], kind: type[Record], fixed: dict[str, Any], absent: dict[str, Any], family: str
+) -> Record:
+    for name, value in (fixed | absent).items():
+        if config.get(name, value) != value and not (name not in fixed and config[name] is None):
             raise UserError(
-                f"the U-Net's config.json has {name} = {config[name]!r}, which SD 1.x/2.x models do not have",
-                "use a Stable Diffusion 1.x or 2.x model",
+                f"the U-Net's config.json has {name} = {config[name]!r}, which {family} models do not have",
+                f"use a {family} model",
             )
-    values: dict[str, Any] = {k: config[k] for k in UNetConfig.__slots__ if config.get(k) is not None}
+    values: dict[str, Any] = {f.name: config[f.name] for f in fields(kind) if config.get(f.name) is not None}
     if config.get("num_attention_heads") is not None:
         values["attention_head_dim"] = config["num_attention_heads"]
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    record = UNetConfig(**values)
+    record = kind(**values)
     _check(record, config.get("up_block_types"))
     return record
 

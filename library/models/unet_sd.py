@@ -14,18 +14,17 @@ from torch import nn
 
 from library.models.layers import (
     RESNET_EPS,
-    CrossAttention,
     SampleOutput,
     TimeEmbedding,
     Timesteps,
-    set_attention_backend,
 )
 from library.models.unet_blocks import UNetMidBlock2DCrossAttn, down_blocks, up_blocks
 from library.models.unet_config import CROSS_DOWN, PLAIN_DOWN, UNetConfig, parse_config
+from library.models.unet_switches import UNetSwitches
 from library.runtime.precision import cast_once
 
 
-class UNet2DConditionModel(nn.Module):
+class UNet2DConditionModel(UNetSwitches):
     """U-Net of SD 1.x and 2.x.
 
     Args:
@@ -74,7 +73,6 @@ class UNet2DConditionModel(nn.Module):
         self.sample_size = sample_size
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self._checkpointing_interval = 0
         first = block_out_channels[0]
         self.conv_in = nn.Conv2d(in_channels, first, 3, padding=1)
         self.time_proj = Timesteps(first)
@@ -93,16 +91,6 @@ class UNet2DConditionModel(nn.Module):
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, first, eps=RESNET_EPS)
         self.conv_act = nn.SiLU()
         self.conv_out = nn.Conv2d(first, out_channels, 3, padding=1)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the first parameter."""
-        return next(self.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Of the first parameter."""
-        return next(self.parameters()).device
 
     def forward(
         self,
@@ -171,21 +159,6 @@ class UNet2DConditionModel(nn.Module):
                 h = block(h, entries, temb, upsample_size=target)
         return h
 
-    def set_attention_backend(self, backend: str) -> None:
-        """Set the backend of every attention layer (`library.runtime.attention.BACKENDS`)."""
-        set_attention_backend(self, backend)
-
-    def set_use_memory_efficient_attention(self, xformers: bool, mem_eff: bool) -> None:
-        """Old switch: `xformers` picks that backend, anything else torch's own kernels."""
-        CrossAttention.set_use_memory_efficient_attention(self, xformers, mem_eff)
-
-    def set_use_sdpa(self, sdpa: bool) -> None:
-        """Old switch: torch's own kernels, or the plain reference when switched off."""
-        CrossAttention.set_use_sdpa(self, sdpa)
-
-    def set_attention_slice(self, slice_size: Any) -> None:
-        raise NotImplementedError("attention is not sliced; torch's kernels do not need it")
-
     def checkpoint_segments(self) -> list[nn.Module]:
         """The parts that checkpointing recomputes, in the order in which they run."""
         segments: list[nn.Module] = []
@@ -194,32 +167,6 @@ class UNet2DConditionModel(nn.Module):
             while resnets or attentions:
                 segments += [queue.pop(0) for queue in (resnets, attentions) if queue]
         return segments
-
-    def enable_gradient_checkpointing(self, interval: int = 1) -> None:
-        """Recompute every `interval`-th segment in the backward pass (training mode only)."""
-        if interval < 1:
-            raise ValueError("the interval must be at least 1")
-        self._set_checkpointing(interval)
-
-    def disable_gradient_checkpointing(self) -> None:
-        """Keep all activations."""
-        self._set_checkpointing(0)
-
-    def set_gradient_checkpointing(self, value: bool = False) -> None:
-        """Old switch: recompute every segment, or none."""
-        self._set_checkpointing(1 if value else 0)
-
-    def is_gradient_checkpointing(self) -> bool:
-        """Whether any segment is recomputed."""
-        return self._checkpointing_interval > 0
-
-    def _set_checkpointing(self, interval: int) -> None:
-        self._checkpointing_interval = interval
-        for index, segment in enumerate(self.checkpoint_segments()):
-            segment.checkpointed = interval > 0 and index % interval == 0
-
-    def prepare_config(self, *args: Any, **kwargs: Any) -> None:
-        """Kept for old callers: `config` is complete from the start."""
 
 
 def _frozen(value: int | list[int] | tuple[int, ...]) -> int | tuple[int, ...]:

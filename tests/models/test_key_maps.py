@@ -18,7 +18,6 @@ from library.models.vae import empty_vae, vae_config
 LATER = {
     "models_keys_sdxl.json.gz": "SDXL family",
     "models_keys_controlnet_sd15.json.gz": "ControlNet",
-    "models_tiny_unet_sdxl.safetensors": "SDXL family",
     "models_tiny_text_sdxl.safetensors": "SDXL family",
 }
 
