@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from library.options.additions import LATER, OWN, WIDER
+from library.options.additions import LATER, OWN, SEVERAL, WIDER
 from library.options.parser import build_parser
 from library.options.scripts import SCRIPTS
 
@@ -96,6 +96,9 @@ def differences(recorded: list[dict], actions: dict[str, argparse.Action]) -> li
                 there, here = WIDER[dest]
                 assert expected == there, f"{dest} is listed as wider than {there}, but was {expected}"
                 expected = here
+            if key == "nargs" and dest in SEVERAL:
+                assert expected is None, f"{dest} is listed as one that took one value"
+                expected = "*"
             if key == "type" and expected == "int_or_float":
                 expected = "int_or_ratio"
             if expected != value or type(expected) is not type(value):

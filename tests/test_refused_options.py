@@ -15,17 +15,19 @@ from library.options.parser import Resolved, parse, resolve
 from library.options.scripts import SCRIPTS, find_script
 from tests.options.test_every_option_counts import OF_THE_PARSER, TRAIN, TUNING
 
+OF_TRAININGS = {
+    "in_json",
+    "conditioning_data_dir",
+    "validation_split",
+    "deepspeed",
+    "fp8_base",
+    "fp8_base_unet",
+    "cpu_offload_checkpointing",
+    "fused_backward_pass",
+}
 REFUSED = {
-    "train_network.py": {
-        "in_json",
-        "conditioning_data_dir",
-        "validation_split",
-        "deepspeed",
-        "fp8_base",
-        "fp8_base_unet",
-        "cpu_offload_checkpointing",
-        "fused_backward_pass",
-    },
+    "train_network.py": OF_TRAININGS,
+    "sdxl_train_network.py": OF_TRAININGS,
     "gen_img_diffusers.py": {
         "image_path",
         "mask_path",
@@ -43,7 +45,7 @@ REFUSED = {
     },
 }
 OPENED_AT_THE_DOOR = {"console_log_file"}
-BASE = {"train_network.py": TRAIN, "gen_img_diffusers.py": ["--ckpt", "m"]}
+BASE = {"train_network.py": TRAIN, "sdxl_train_network.py": TRAIN, "gen_img_diffusers.py": ["--ckpt", "m"]}
 
 
 def given(option: Option) -> list[str]:

@@ -35,6 +35,7 @@ LATER: frozenset[str] = frozenset(
         "ds_ratio",
         "ds_timesteps_1",
         "ds_timesteps_2",
+        "disable_mmap_load_safetensors",
         "dynamo_backend",
         "enable_wildcard",
         "fp16_master_weights_and_gradients",
@@ -93,3 +94,6 @@ LATER: frozenset[str] = frozenset(
 
 # Original options whose type is wider here: option -> (type there, type here).
 WIDER: dict[str, tuple[str, str]] = {"lr_warmup_steps": ("int", "int_or_ratio")}
+
+# Original options of one value that take several here, as in later releases.
+SEVERAL: frozenset[str] = frozenset({"text_encoder_lr"})

@@ -13,6 +13,7 @@ from library.messages import UserError, warn_once
 from library.options.not_yet import refuse_not_yet
 from library.options.registries import SCHEDULES, find_optimizer, find_schedule, nearest
 from library.options.scripts import find_script
+from library.options.sdxl import require_frozen_encoders, verify_sdxl_training_args
 from library.options.values import key_values
 
 if TYPE_CHECKING:
@@ -46,12 +47,15 @@ def check_required(options: Resolved) -> None:
 def check_model(options: Resolved) -> None:
     """SD 2.x, velocity and clip skip."""
     model = options.model
+    if model.clip_skip is not None and model.clip_skip < 1:
+        raise UserError(f"--clip_skip {model.clip_skip} is below 1", "1 is the last layer; leave it out for that")
+    if find_script(options.script).family == "sdxl":
+        verify_sdxl_training_args(model)
+        return
     if model.v_parameterization and not model.v2:
         warn_once("--v_parameterization without --v2: right only for a 1.x model that was trained on velocity")
     if model.v2 and model.clip_skip is not None:
         warn_once("--clip_skip with --v2 is unusual: SD 2.x models use the layer before the last anyway")
-    if model.clip_skip is not None and model.clip_skip < 1:
-        raise UserError(f"--clip_skip {model.clip_skip} is below 1", "1 is the last layer; leave it out for that")
 
 
 def check_data(options: Resolved) -> None:
@@ -246,6 +250,8 @@ def check_network(options: Resolved) -> None:
         )
     if network.dim_from_weights and not network.network_weights:
         raise UserError("--dim_from_weights without --network_weights", "give the network file")
+    if "sdxl" in options:
+        require_frozen_encoders(options.sdxl.cache_text_encoder_outputs, network.network_train_unet_only)
     _at_least(network, 1, "network_dim")
     if network.network_dropout is not None and not 0 <= network.network_dropout < 1:
         raise UserError(f"--network_dropout {network.network_dropout} is not in 0 to 1", "give a number such as 0.1")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from library.options.effects import without_effect
 from library.options.registries import find_optimizer
@@ -39,7 +39,8 @@ def _settings(options: Resolved) -> list[tuple[str, str]]:
 
 def _model(options: Resolved) -> str:
     model = options.model
-    parts = [str(model.pretrained_model_name_or_path), "SD 2.x" if model.v2 else "SD 1.x"]
+    parts = [str(model.pretrained_model_name_or_path)]
+    parts.append("SDXL" if "sdxl" in options else "SD 2.x" if model.v2 else "SD 1.x")
     parts.append("velocity" if model.v_parameterization else "noise prediction")
     if model.vae:
         parts.append(f"VAE {model.vae}")
@@ -64,13 +65,15 @@ def _rates(options: Resolved) -> str:
         return "chosen by the optimizer"
     unet = 0 if network.network_train_text_encoder_only else _first(network.unet_lr, rate)
     text = 0 if network.network_train_unet_only else _first(network.text_encoder_lr, rate)
-    return ", ".join(
-        f"{part} {value:g}" if value else f"{part} not trained"
-        for part, value in (("U-Net", unet), ("text encoder", text))
-    )
+    parts = [("U-Net", unet)]
+    if isinstance(text, list):
+        parts += [(f"text encoder {number}", value) for number, value in enumerate(text, 1)]
+    else:
+        parts.append(("text encoder", text))
+    return ", ".join(f"{part} {value:g}" if value else f"{part} not trained" for part, value in parts)
 
 
-def _first(value: float | None, otherwise: float) -> float:
+def _first(value: Any, otherwise: float) -> Any:
     return otherwise if value is None else value
 
 

@@ -101,6 +101,8 @@ NEEDS: tuple[Need, ...] = (
     Need(("max_train_steps",), lambda options: not options.loop.max_train_epochs, "--max_train_epochs replaces it"),
     Need(("ddp_gradient_as_bucket_view", "ddp_static_graph"), lambda options: "network" not in options,
          "networks reduce their gradients without DDP"),
+    Need(("clip_skip",), lambda options: "sdxl" not in options, "SDXL always takes the layer before the last"),
+    Need(("disable_mmap_load_safetensors",), lambda _: False, "files are never mapped into memory"),
     Need(("highvram",), lambda _: False, "the memory cache is never cleared while training"),
     Need(("persistent_data_loader_workers",), _given("max_data_loader_n_workers"),
          "needs --max_data_loader_n_workers above 0"),

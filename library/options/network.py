@@ -25,8 +25,8 @@ class NetworkConfig:
     network_train_unet_only: bool = option(False, "train the network's U-Net part only")
     network_train_text_encoder_only: bool = option(False, "train the network's text encoder part only")
     unet_lr: float | None = option(None, "learning rate of the U-Net part; --learning_rate when left out")
-    text_encoder_lr: float | None = option(
-        None, "learning rate of the text encoder part; --learning_rate when left out"
+    text_encoder_lr: list[float] | float | None = option(
+        None, "learning rate of the text encoder part, or one for each text encoder; --learning_rate when left out"
     )
     scale_weight_norms: float | None = option(
         None, "scale a module's weights down where their norm exceeds this (1 is usual; 0 = off)"

@@ -12,18 +12,21 @@ from library.messages import UserError
 if TYPE_CHECKING:
     from library.options.parser import Resolved
 
+_OF_TRAININGS = {
+    "in_json": "data sets of a metadata file",
+    "conditioning_data_dir": "masks from a folder",
+    "validation_split": "the validation loss",
+    "deepspeed": "DeepSpeed",
+    "fp8_base": "8-bit base models",
+    "fp8_base_unet": "8-bit base models",
+    "cpu_offload_checkpointing": "activations in CPU memory",
+    "fused_backward_pass": "updates inside the backward pass",
+}
+
 # Script -> option that switches a feature on -> the feature. Options that only tune it stand in `effects.py`.
 NOT_YET: dict[str, dict[str, str]] = {
-    "train_network.py": {
-        "in_json": "data sets of a metadata file",
-        "conditioning_data_dir": "masks from a folder",
-        "validation_split": "the validation loss",
-        "deepspeed": "DeepSpeed",
-        "fp8_base": "8-bit base models",
-        "fp8_base_unet": "8-bit base models",
-        "cpu_offload_checkpointing": "activations in CPU memory",
-        "fused_backward_pass": "updates inside the backward pass",
-    },
+    "train_network.py": _OF_TRAININGS,
+    "sdxl_train_network.py": _OF_TRAININGS,
 }
 
 

@@ -19,6 +19,7 @@ from library.options.declare import from_namespace
 from library.options.registries import nearest
 from library.options.schema import schema
 from library.options.scripts import CONCERNS, find_script
+from library.options.sdxl import switch_text_cache_on
 
 _UNSET = object()
 
@@ -180,6 +181,10 @@ def _write_back(namespace: argparse.Namespace) -> None:
     if getattr(namespace, "cache_latents_to_disk", False) and not namespace.cache_latents:
         messages.warn_once("--cache_latents_to_disk switches --cache_latents on")
         namespace.cache_latents = True
+    switch_text_cache_on(namespace)
+    rates = getattr(namespace, "text_encoder_lr", None)
+    if isinstance(rates, (list, tuple)) and len(rates) < 2:
+        namespace.text_encoder_lr = rates[0] if rates else None
 
 
 def _as_text(name: str, value: Any) -> Any:

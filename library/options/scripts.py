@@ -32,12 +32,14 @@ from library.options.precision import PrecisionConfig
 from library.options.registries import nearest
 from library.options.samples import SamplesConfig
 from library.options.saving import SavingConfig
+from library.options.sdxl import SdxlConfig
 from library.options.validation import ValidationConfig
 
 CONCERNS: dict[str, type] = {
     "config_file": ConfigFileConfig,
     "model": ModelConfig,
     "network": NetworkConfig,
+    "sdxl": SdxlConfig,
     "dataset": DatasetConfig,
     "loop": LoopConfig,
     "optimizer": OptimizerConfig,
@@ -67,6 +69,7 @@ class Script:
         absent: options of these concerns that the script lacks.
         changed: option -> fields of its `Option` that differ in this script.
         required: options that command line and config file together must give.
+        family: of the models that the script works on.
     """
 
     summary: str
@@ -74,6 +77,7 @@ class Script:
     absent: frozenset[str] = frozenset()
     changed: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     required: tuple[str, ...] = ()
+    family: str = "sd"
 
     def groups(self) -> list[tuple[str, list[Option]]]:
         """(concern, its options in this script) in order."""
@@ -111,6 +115,12 @@ SCRIPTS: dict[str, Script] = {
         summary="Train a network (LoRA and its relatives) on a Stable Diffusion 1.x or 2.x model.",
         concerns=(*_TRAINING, "network"),
         required=("pretrained_model_name_or_path", "network_module", "output_dir"),
+    ),
+    "sdxl_train_network.py": Script(
+        summary="Train a network (LoRA and its relatives) on an SDXL model.",
+        concerns=(*_TRAINING, "network", "sdxl"),
+        required=("pretrained_model_name_or_path", "network_module", "output_dir"),
+        family="sdxl",
     ),
     "gen_img_diffusers.py": Script(
         summary="Draw pictures with a Stable Diffusion 1.x or 2.x model.",

@@ -29,8 +29,10 @@ class NetworkTrainer:
         vae_scale_factor: latents are multiplied by it at every step.
         is_sdxl: read when a file is saved, for its ModelSpec.
         run: the run in progress (None before the first step); place: where its micro-step stands.
+        script: whose options the namespace has; family_name: of the models.
     """
 
+    script = "train_network.py"
     family_name = "sd"
 
     def __init__(self) -> None:

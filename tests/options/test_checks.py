@@ -26,6 +26,50 @@ def options(line: str = "", data: bool = True) -> Resolved:
     return resolve(parse("train_network.py", [*TRAIN, *(DATA if data else []), *line.split()]))
 
 
+def sdxl_options(line: str = "") -> Resolved:
+    return resolve(parse("sdxl_train_network.py", [*TRAIN, *DATA, *line.split()]), "sdxl_train_network.py")
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("--v2", "--v2"),
+        ("--weighted_captions", "--weighted_captions"),
+        ("--cache_text_encoder_outputs", "--network_train_unet_only"),
+        ("--cache_text_encoder_outputs_to_disk", "--network_train_unet_only"),
+        ("--clip_skip 0", "--clip_skip"),
+    ],
+)
+def test_refusals_of_sdxl(line: str, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        sdxl_options(line)
+
+
+def test_sdxl_text_cache_on_disk_switches_the_cache_on() -> None:
+    resolved = sdxl_options("--cache_text_encoder_outputs_to_disk --network_train_unet_only")
+    assert resolved.sdxl.cache_text_encoder_outputs
+
+
+def test_sdxl_options_without_effect() -> None:
+    resolved = sdxl_options("--clip_skip 2 --disable_mmap_load_safetensors --v_parameterization")
+    assert {name for name, _ in without_effect(resolved)} == {"clip_skip", "disable_mmap_load_safetensors"}
+    assert "SDXL, velocity" in "\n".join(describe(resolved))
+
+
+@pytest.mark.parametrize(
+    ("line", "rate", "shown"),
+    [
+        ("", None, "text encoder 0.001"),
+        ("--text_encoder_lr 1e-5", 1e-5, "text encoder 1e-05"),
+        ("--text_encoder_lr 1e-5 0", [1e-5, 0.0], "text encoder 1 1e-05, text encoder 2 not trained"),
+    ],
+)
+def test_one_rate_or_one_for_each_text_encoder(line: str, rate: object, shown: str) -> None:
+    resolved = sdxl_options(f"--learning_rate 1e-3 {line}")
+    assert resolved.network.text_encoder_lr == rate
+    assert shown in "\n".join(describe(resolved))
+
+
 @pytest.mark.parametrize(
     ("line", "named"),
     [
@@ -162,7 +206,8 @@ def test_options_without_effect(line: str, names: set[str]) -> None:
 
 
 def test_rules_name_options_that_exist() -> None:
-    known = {option.dest for option in find_script("train_network.py").options()}
+    scripts = ("train_network.py", "sdxl_train_network.py")
+    known = {option.dest for script in scripts for option in find_script(script).options()}
     assert not {name for need in NEEDS for name in need.names} - known
     assert not without_effect(options())
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from library.messages import UserError
+from library.messages import UserError, log
 from library.runtime.files import atomic_path
 from library.training.step import per_sample_loss
 from library.training.targets.target import Target
@@ -64,8 +64,8 @@ class NetworkTarget(Target):
 
     def parameter_groups(self) -> tuple[list[dict[str, Any]], list[str]]:
         """Groups of the network module; both return forms and the two-argument form are taken."""
-        prepare = self.network.prepare_optimizer_params
-        rates = (self.args.text_encoder_lr, self.args.unet_lr)
+        prepare, text_rate = self._prepare_function()
+        rates = (text_rate, self.args.unet_lr)
         try:
             result = prepare(*rates, self.args.learning_rate)
         except TypeError:
@@ -73,6 +73,23 @@ class NetworkTarget(Target):
         groups, names = result if isinstance(result, tuple) else (result, None)
         groups = [{**group, "params": list(group["params"])} for group in groups]
         return groups, list(names) if names else self._default_names(len(groups))
+
+    def _prepare_function(self) -> tuple[Any, Any]:
+        """The network's function that makes groups, and what it takes as the text encoders' rate."""
+        rate = self.args.text_encoder_lr
+        if not isinstance(rate, (list, tuple)):
+            return self.network.prepare_optimizer_params, rate
+        if len(rate) != len(self.model.text_encoders):
+            raise UserError(
+                f"--text_encoder_lr has {len(rate)} values, but the model has {len(self.model.text_encoders)} "
+                f"text encoder{'s' * (len(self.model.text_encoders) > 1)}",
+                "give one value for all, or one for each",
+            )
+        several = getattr(self.network, "prepare_optimizer_params_with_multiple_te_lrs", None)
+        if several is not None:
+            return several, list(rate)
+        log.warning("this network takes one rate for all text encoders: the first of --text_encoder_lr, %g", rate[0])
+        return self.network.prepare_optimizer_params, rate[0]
 
     def _default_names(self, count: int) -> list[str]:
         parts = ["textencoder"] * self.trains_text + ["unet"] * self.trains_unet
