@@ -20,10 +20,12 @@ from library.data.plan import EpochPlan, PlannedBatch
 from library.data.sample import picture_for_cache
 from library.training.draws import Draws, Place
 from library.training.network_trainer import NetworkTrainer
+from library.training.sdxl_network_trainer import SdxlNetworkTrainer
 
 REFERENCE = Path(__file__).parent / "reference"
 # tests/reference/README.md, section 5
-LIMITS = {"prediction": 1e-4, "loss": 2e-5, "grad_norm": 1e-4, "latents": 1e-4, "noisy_latents": 1e-4, "text": 1e-4}
+LIMITS = {"prediction": 1e-4, "loss": 2e-5, "grad_norm": 1e-4, "latents": 1e-4, "noisy_latents": 1e-4}
+LIMITS |= {"text": 1e-4, "sizes": 1e-5}
 FINAL_CLOSE, FINAL_SHARE = 2e-5, 0.998
 
 
@@ -85,12 +87,10 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a, b)
 
 
-class ReplayTrainer(NetworkTrainer):
-    """Compares what passes through the hooks."""
+class Comparing(NetworkTrainer):
+    """Compares what passes through the hooks; goes in front of the trainer whose run is replayed."""
 
-    def __init__(
-        self, trace: dict[str, torch.Tensor], pictures: dict[str, torch.Tensor], result: Comparison
-    ) -> None:
+    def __init__(self, trace: dict[str, torch.Tensor], pictures: dict[str, torch.Tensor], result: Comparison) -> None:
         super().__init__()
         self.trace = trace
         self.pictures = pictures
@@ -100,12 +100,18 @@ class ReplayTrainer(NetworkTrainer):
     def on_step_start(self, *arguments: Any, **__: Any) -> None:
         self.micro += 1
         batch = arguments[5]
-        if f"step{self.micro}.input_ids" in self.trace:
-            recorded = self.trace[f"step{self.micro}.input_ids"]
-            if not torch.equal(batch["input_ids"], recorded):
-                self.result.faults.append(f"step {self.micro}: token ids differ")
+        for name in ("input_ids", "input_ids2", "original_sizes_hw", "crop_top_lefts", "target_sizes_hw"):
+            recorded = self.trace.get(f"step{self.micro}.{name}")
+            if recorded is not None and not torch.equal(batch[name], recorded):
+                self.result.faults.append(f"step {self.micro}: {name} is {batch[name]}, recorded {recorded}")
+        if f"step{self.micro}.size_embeddings" in self.trace:
+            from library.models.sdxl import size_vector
 
-    def assert_extra_args(self, args: Any, train_dataset_group: Any) -> None:
+            key = f"step{self.micro}.size_embeddings"
+            self.result.compare("sizes", size_vector(batch, torch.device("cpu")), self.trace[key], key)
+
+    def assert_extra_args(self, args: Any, train_dataset_group: Any, val_dataset_group: Any = None) -> None:
+        super().assert_extra_args(args, train_dataset_group, val_dataset_group)
         dataset = train_dataset_group.datasets[0]
         for item in dataset.items:
             pixels = picture_for_cache(item, dataset.subsets[item.subset], dataset.settings)
@@ -121,10 +127,13 @@ class ReplayTrainer(NetworkTrainer):
         self._text(text)
         return text
 
-    def _text(self, text: torch.Tensor) -> None:
-        key = f"step{self.micro}.text_hidden"
-        if key in self.trace:
-            self.result.compare("text", text, self.trace[key], key)
+    def _text(self, text: Any) -> None:
+        one = torch.is_tensor(text)
+        names = ("text_hidden",) if one else ("text_hidden1", "text_hidden2", "text_pooled")
+        for name, tensor in zip(names, [text] if one else text, strict=True):
+            key = f"step{self.micro}.{name}"
+            if key in self.trace:
+                self.result.compare("text", tensor, self.trace[key], key)
 
     def call_unet(self, args: Any, accelerator: Any, unet: Any, noisy_latents: torch.Tensor, *rest: Any) -> Any:
         key = f"step{self.micro}.noisy_latents"
@@ -139,6 +148,17 @@ class ReplayTrainer(NetworkTrainer):
         self.result.compare("loss", loss, self.trace[key], key)
         self.result.compare("loss", loss.mean().reshape(1), self.trace[f"step{self.micro}.loss"], "loss")
         return loss
+
+
+class ReplayTrainer(Comparing):
+    """Of SD 1.x and 2.x."""
+
+
+class SdxlReplayTrainer(Comparing, SdxlNetworkTrainer):
+    """Of SDXL."""
+
+
+TRAINERS = {"train_network.py": ReplayTrainer, "sdxl_train_network.py": SdxlReplayTrainer}
 
 
 @contextmanager
@@ -199,7 +219,7 @@ def train(case: dict[str, Any], trace: dict[str, torch.Tensor], result: Comparis
     args = parse(case["script"], [*options, "--network_weights", "initial.safetensors"])
     places: dict[Place, int] = {}
     draws = RecordedDraws(trace, places)
-    trainer = ReplayTrainer(trace, draws.pictures, result)
+    trainer = TRAINERS[case["script"]](trace, draws.pictures, result)
     run = trainer.run = assemble.network_run(trainer, args, draws=draws)
     dataset = run.feed.group.datasets[0]
     numbers = {item.path: index for index, item in enumerate(dataset.items)}
@@ -282,7 +302,12 @@ def compare_metadata(case: dict[str, Any], written: Path, result: Comparison) ->
 # keys of later releases, which 0.7.0 did not write
 NEW_METADATA = {
     *("ss_debiased_estimation", "ss_fp8_base", "ss_fp8_base_unet", "ss_huber_c", "ss_huber_scale", "ss_huber_schedule"),
-    *("ss_ip_noise_gamma_random_strength", "ss_loss_type", "ss_max_validation_steps", "ss_noise_offset_random_strength"),
+    *(
+        "ss_ip_noise_gamma_random_strength",
+        "ss_loss_type",
+        "ss_max_validation_steps",
+        "ss_noise_offset_random_strength",
+    ),
     *("ss_num_validation_images", "ss_resize_interpolation", "ss_validate_every_n_epochs", "ss_validate_every_n_steps"),
     *("ss_validation_seed", "ss_validation_split"),
 }

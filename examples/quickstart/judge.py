@@ -1,7 +1,7 @@
 """Measures how well a model follows captions: draws pictures and looks at their pixels.
 
-    python examples/quickstart/judge.py --count 60
-    python examples/quickstart/judge.py --shape heart --network_weights quickstart-output/heart.safetensors
+python examples/quickstart/judge.py --count 60
+python examples/quickstart/judge.py --shape heart --network_weights quickstart-output/heart.safetensors
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 
@@ -154,15 +155,16 @@ def test_global_generators_are_left_alone(shapes, make_group):
 
 def test_leaving_early_ends_the_workers(shapes, make_group):
     group = make_group(shapes, num_repeats=20)
+    others = multiprocessing.active_children()
     batches = make_loader(group, group.plan(7, 1), workers=2)
     next(batches)
-    import multiprocessing
-
-    before = multiprocessing.active_children()
-    assert len(before) >= 2
+    workers = [child for child in multiprocessing.active_children() if child not in others]
+    assert len(workers) == 2
     batches.close()
     del batches
-    assert not [child for child in before if child.is_alive()]
+    for worker in workers:
+        worker.join(30)
+    assert not [worker for worker in workers if worker.is_alive()]
 
 
 def test_items_too_small_for_a_bucket_are_left_out(shapes, make_group, caplog):

@@ -1,4 +1,4 @@
-"""The shipped model follows captions, and two minutes of LoRA teach it a shape it has never seen: measured in pixels."""
+"""The shipped model follows captions, and a short LoRA training teaches it a new shape: measured in pixels."""
 
 from __future__ import annotations
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from replay_generation import replay_case
+from tests.replay_generation import replay_case
 
 FOLDER = Path(__file__).parents[1] / "reference" / "generation"
 # Regional networks come with inpainting's masks.

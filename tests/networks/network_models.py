@@ -57,3 +57,18 @@ def randomize(network: nn.Module, std: float = 0.05) -> nn.Module:
         for parameter in network.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
     return network
+
+
+def make_layer(kind: str, tensors: dict[str, torch.Tensor]) -> nn.Module:
+    """The layer of a recorded case: `linear`, `conv1` or `conv3` (stride 2, padding 1)."""
+    weight = tensors["org.weight"]
+    if kind == "linear":
+        layer: nn.Module = nn.Linear(weight.shape[1], weight.shape[0])
+    elif kind == "conv1":
+        layer = nn.Conv2d(weight.shape[1], weight.shape[0], 1)
+    else:
+        layer = nn.Conv2d(weight.shape[1], weight.shape[0], 3, stride=2, padding=1)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        layer.bias.copy_(tensors["org.bias"])
+    return layer.requires_grad_(False)

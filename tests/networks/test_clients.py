@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from network_models import predict, randomize, small_text_encoder, small_unet
 from safetensors.torch import load_file
 
 from library.models.family import family
 from networks import lora
+from tests.networks.network_models import predict, randomize, small_text_encoder, small_unet
 
 pytest.importorskip("peft")
 pytest.importorskip("lycoris")

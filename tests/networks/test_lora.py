@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from network_models import predict, randomize, small_text_encoder, small_unet
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -23,6 +22,7 @@ import library.messages
 from library.messages import UserError
 from library.models.key_maps import sd_unet_map
 from networks import lora
+from tests.networks.network_models import predict, randomize, small_text_encoder, small_unet
 
 
 def applied(text: bool = True, alpha: float = 2.0, **arguments: str) -> tuple[lora.LoRANetwork, Any, nn.Module]:

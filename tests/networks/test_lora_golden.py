@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from network_models import FULL_TEXT, FULL_UNETS
 from safetensors.torch import load_file
 from torch import nn
 
@@ -17,12 +16,10 @@ from library.models.hashes import network_hashes
 from library.models.text_encoders import empty_text_encoder, text_config
 from library.models.unet_sd import from_config
 from networks import blocks, lora
+from tests.networks.network_models import FULL_TEXT, FULL_UNETS
 
 # Whole files whose methods and tools come later.
 LATER_FILES = {
-    "networks_lora_lora_fa.safetensors": "LoRA-FA",
-    "networks_lora_dylora.safetensors": "DyLoRA",
-    "networks_lora_oft.safetensors": "OFT",
     "networks_lora_lllite.safetensors": "ControlNet-LLLite",
     "networks_lora_hypernetwork.safetensors": "hypernetworks",
     "networks_tools.json": "tools on network files",
@@ -59,17 +56,11 @@ NOW_FILES = {
     "networks_hash.json",
     "networks_keys.json.gz",
     "networks_lora_lora.safetensors",
+    "networks_lora_lora_fa.safetensors",
+    "networks_lora_dylora.safetensors",
+    "networks_lora_oft.safetensors",
     "networks_lora_maxnorm_before.safetensors",
     "networks_lora_maxnorm_after.safetensors",
-}
-_OFT = ("oft_attn", "oft_all_linear", "oft_conv", "oft_all_linear_conv")
-# Cases of networks_keys.json.gz whose methods or model family come later.
-LATER_KEYS = {
-    "sd15/lora_fa_linear": "LoRA-FA",
-    "sd15/dylora_linear": "DyLoRA",
-    "sd15/dylora_conv": "DyLoRA",
-    **{f"{model}/{kind}": "OFT" for model in FULL_UNETS for kind in _OFT},
-    **{f"sdxl/{kind}": "SDXL" for kind in ("lora_linear", "lora_conv", "lllite", *_OFT)},
 }
 
 
@@ -96,34 +87,6 @@ def test_every_golden_file_has_its_place(golden: Path) -> None:
     assert present == NOW_FILES | LATER_FILES.keys()
 
 
-def test_later_cases_exist(golden: Path) -> None:
-    cases = read_keys(golden)["networks"].keys()
-    assert LATER_KEYS.keys() <= cases
-    assert cases - LATER_KEYS.keys() == {
-        f"{model}/{kind}" for model in FULL_UNETS for kind in ("lora_linear", "lora_conv")
-    }
-
-
-@pytest.mark.parametrize("kind", ["lora_linear", "lora_conv"])
-@pytest.mark.parametrize("model", list(FULL_UNETS))
-def test_names_shapes_and_order(golden: Path, model: str, kind: str) -> None:
-    expected = read_keys(golden)["networks"][f"{model}/{kind}"]
-    text_encoder, unet = full_models(model)
-    arguments = {"conv_dim": "8"} if kind == "lora_conv" else {}
-    with torch.device("meta"):
-        network = lora.create_network(1.0, 4, 1.0, None, text_encoder, unet, **arguments)
-    assert len(network.text_encoder_loras) == expected["text_encoder"]
-    assert len(network.unet_loras) == expected["unet"]
-    assert network.state_dict() == {}
-    network.apply_to(text_encoder, unet, True, True)
-    found: dict[str, dict[str, list[int]]] = {}
-    for key, tensor in network.state_dict().items():
-        name, _, suffix = key.partition(".")
-        found.setdefault(name, {})[suffix] = list(tensor.shape)
-    assert [[name, shapes] for name, shapes in found.items()] == expected["modules"]
-    assert [list(shapes) for shapes in found.values()] == [["alpha", "lora_down.weight", "lora_up.weight"]] * len(found)
-
-
 def test_a_convolution_network_leaves_later_networks_alone(golden: Path) -> None:
     """The recorded `linear_after_conv_in_same_process` is a fault (228 modules): class lists are never changed."""
     recorded = read_keys(golden)["linear_after_conv_in_same_process"]
@@ -135,20 +98,6 @@ def test_a_convolution_network_leaves_later_networks_alone(golden: Path) -> None
     names = {module.lora_name for module in after.unet_loras}
     assert len(names) == 192
     assert not names & set(recorded["extra"])
-
-
-def make_layer(kind: str, tensors: dict[str, torch.Tensor]) -> nn.Module:
-    weight = tensors["org.weight"]
-    if kind == "linear":
-        layer: nn.Module = nn.Linear(weight.shape[1], weight.shape[0])
-    elif kind == "conv1":
-        layer = nn.Conv2d(weight.shape[1], weight.shape[0], 1)
-    else:
-        layer = nn.Conv2d(weight.shape[1], weight.shape[0], 3, stride=2, padding=1)
-    with torch.no_grad():
-        layer.weight.copy_(weight)
-        layer.bias.copy_(tensors["org.bias"])
-    return layer.requires_grad_(False)
 
 
 def cases_of(golden: Path) -> dict[str, dict[str, torch.Tensor]]:

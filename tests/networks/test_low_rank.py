@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from network_models import FULL_UNETS
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from library.models.unet_sd import from_config
 from networks import lora, low_rank
+from tests.networks.network_models import FULL_UNETS
 
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 5), (3, 4, 6)),

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from network_models import predict, randomize, small_unet
 from PIL import Image
 from safetensors.torch import load_file
 
 from library.models.family import family
 from networks import lora
+from tests.networks.network_models import predict, randomize, small_unet
 
 
 def regional_network(unet: torch.nn.Module, index: int, is_last: bool, mask: torch.Tensor) -> lora.LoRANetwork:
