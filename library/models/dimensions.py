@@ -12,7 +12,7 @@ from typing import Literal
 
 from library.messages import UserError
 from library.models.key_maps import CLIP_PREFIX, OPENCLIP_PREFIX, UNET_PREFIX, VAE_PREFIX
-from library.models.unet_config import CROSS_DOWN, PLAIN_DOWN, UNetConfig
+from library.models.unet_config import CROSS_DOWN, PLAIN_DOWN, SdxlUNetConfig, UNetConfig
 
 Shapes = Mapping[str, Sequence[int]]
 Kind = Literal["sd1", "sd2", "sdxl"]
@@ -97,16 +97,25 @@ def _indices(keys: Sequence[str] | Mapping[str, object], pattern: str) -> list[i
     return sorted({int(m.group(1)) for m in (re.match(pattern, key) for key in keys) if m})
 
 
-def unet_config(shapes: Shapes, kind: Kind) -> UNetConfig:
-    """Sizes of an SD 1.x or 2.x U-Net from a Stability file's shapes.
+@dataclass(frozen=True)
+class _Levels:
+    """What both families' U-Nets have in common, as the shapes in a Stability file show it."""
 
-    Raises:
-        UserError: the structure is not that of the family.
-    """
+    widths: tuple[int, ...]
+    layers: int
+    depths: tuple[int, ...]
+    context: int
+    linear_projections: bool
+
+    @property
+    def block_types(self) -> tuple[str, ...]:
+        return tuple(CROSS_DOWN if depth else PLAIN_DOWN for depth in self.depths)
+
+
+def _levels(shapes: Shapes, kind: Kind) -> _Levels:
     unet = {k[len(UNET_PREFIX) :]: v for k, v in shapes.items() if k.startswith(UNET_PREFIX)}
     downs = _indices(unet, r"input_blocks\.(\d+)\.0\.op\.")
     resnets = _indices(unet, r"input_blocks\.(\d+)\.0\.in_layers\.")
-    attentions = _indices(unet, r"input_blocks\.(\d+)\.1\.")
     contexts = [s[1] for k, s in unet.items() if k.endswith("attn2.to_k.weight")]
     projections = [s for k, s in unet.items() if k.endswith("proj_in.weight")]
     levels, stride = len(downs) + 1, downs[0] if downs else 0
@@ -114,18 +123,61 @@ def unet_config(shapes: Shapes, kind: Kind) -> UNetConfig:
     wanted = [start + j for start in starts for j in range(stride - 1)]
     if not contexts or not projections or downs != [stride * (i + 1) for i in range(levels - 1)] or resnets != wanted:
         raise UserError(f"its U-Net is not built like that of {KIND_NAMES[kind]}", "give a complete checkpoint")
-    widths = tuple(unet.get(f"input_blocks.{start}.0.out_layers.3.weight", (64,))[0] for start in starts)
+    return _Levels(
+        widths=tuple(unet.get(f"input_blocks.{start}.0.out_layers.3.weight", (64,))[0] for start in starts),
+        layers=stride - 1,
+        depths=tuple(
+            len(_indices(unet, rf"input_blocks\.{start}\.1\.transformer_blocks\.(\d+)\.")) for start in starts
+        ),
+        context=contexts[0],
+        linear_projections=len(projections[0]) == 2,
+    )
+
+
+def unet_config(shapes: Shapes, kind: Kind) -> UNetConfig:
+    """Sizes of an SD 1.x or 2.x U-Net from a Stability file's shapes.
+
+    Raises:
+        UserError: the structure is not that of the family.
+    """
+    levels = _levels(shapes, kind)
     return UNetConfig(
         sample_size=64,
-        block_out_channels=widths,
-        layers_per_block=stride - 1,
-        down_block_types=tuple(CROSS_DOWN if start in attentions else PLAIN_DOWN for start in starts),
-        cross_attention_dim=contexts[0],
-        attention_head_dim=8 if kind == "sd1" else tuple(max(1, width // HEAD_SIZE) for width in widths),
-        use_linear_projection=len(projections[0]) == 2,
+        block_out_channels=levels.widths,
+        layers_per_block=levels.layers,
+        down_block_types=levels.block_types,
+        cross_attention_dim=levels.context,
+        attention_head_dim=8 if kind == "sd1" else heads_of(levels.widths),
+        use_linear_projection=levels.linear_projections,
         # SD 2.x overflows in float16 otherwise; without float16 the flag changes nothing.
         upcast_attention=kind == "sd2",
     )
+
+
+def sdxl_unet_config(shapes: Shapes) -> SdxlUNetConfig:
+    """Sizes of an SDXL U-Net from a Stability file's shapes.
+
+    Raises:
+        UserError: the structure is not that of the family.
+    """
+    levels = _levels(shapes, "sdxl")
+    adm = shapes.get(UNET_PREFIX + "label_emb.0.0.weight")
+    if adm is None:
+        raise UserError("its U-Net has no embedding of sizes (label_emb)", "give a complete SDXL checkpoint")
+    return SdxlUNetConfig(
+        block_out_channels=levels.widths,
+        layers_per_block=levels.layers,
+        down_block_types=levels.block_types,
+        transformer_layers_per_block=tuple(depth or 1 for depth in levels.depths),
+        attention_head_dim=heads_of(levels.widths),
+        cross_attention_dim=levels.context,
+        projection_class_embeddings_input_dim=adm[1],
+    )
+
+
+def heads_of(widths: Sequence[int]) -> tuple[int, ...]:
+    """Attention heads per level of SD 2.x and SDXL."""
+    return tuple(max(1, width // HEAD_SIZE) for width in widths)
 
 
 def clip_dimensions(shapes: Shapes, prefix: str = CLIP_PREFIX, activation: str = "quick_gelu") -> TextDimensions:
@@ -161,7 +213,20 @@ def openclip_dimensions(shapes: Shapes, prefix: str = OPENCLIP_PREFIX, unused_la
         intermediate = shapes[prefix + "transformer.resblocks.0.mlp.c_fc.weight"][0]
     except KeyError as error:
         raise UserError(f"its text encoder lacks {error.args[0]}", "give a complete checkpoint") from error
-    return TextDimensions(width, layers[-1] + 1 - unused_layers, intermediate, vocabulary, positions, "gelu")
+    count = layers[-1] + 1 - unused_layers
+    return TextDimensions(width, count, intermediate, vocabulary, positions, "gelu")
+
+
+def projection_width(shapes: Shapes, prefix: str) -> int:
+    """Width of the pooled output of an OpenCLIP text encoder (SDXL's second; other families do not use it).
+
+    Raises:
+        UserError: the projection is not there.
+    """
+    matrix, linear = shapes.get(prefix + "text_projection"), shapes.get(prefix + "text_projection.weight")
+    if matrix is None and linear is None:
+        raise UserError(f"its text encoder lacks {prefix}text_projection", "give a complete checkpoint")
+    return matrix[1] if matrix is not None else linear[0]
 
 
 def vae_dimensions(shapes: Shapes, prefix: str = VAE_PREFIX) -> VaeDimensions:

@@ -31,7 +31,8 @@ class LoadedModel:
         is_stability_layout: it came from one file in Stability layout (else a diffusers folder).
         version: `sd_v1`, `sd_v1_v`, `sd_v2`, `sd_v2_v`, `sdxl_base_v1-0`.
         prediction_type: `epsilon` or `v_prediction`, as the caller stated or the file says.
-        extras: what else a writer of the same family wants back (SDXL: `logit_scale`, `ckpt_info`).
+        extras: what else a writer of the same family wants back (SDXL: `logit_scale`, `ckpt_info`), and what the
+            source says of itself: `told_prediction_type` (or None), `zero_terminal_snr`.
     """
 
     text_encoders: list[nn.Module]
@@ -92,6 +93,7 @@ class Family(ABC):
         *,
         v2: bool = False,
         v_parameterization: bool = False,
+        zero_terminal_snr: bool | None = None,
         vae: str | Path | None = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
@@ -100,6 +102,8 @@ class Family(ABC):
 
         Args:
             source: path or hub id.
+            v_parameterization, zero_terminal_snr: how the caller uses the model; a source that says otherwise of
+                itself is named in a warning. None for the second: as the source says.
             vae: a file, folder or hub id that replaces the model's VAE.
             dtype: of the loaded weights; None = float32 for SD, as the specification says for the others.
             device: where the weights go, tensor by tensor.
@@ -160,4 +164,4 @@ def family(name: str) -> Family:
     return getattr(importlib.import_module(module), attribute)()
 
 
-FAMILIES = {"sd": "library.models.sd:StableDiffusion"}
+FAMILIES = {"sd": "library.models.sd:StableDiffusion", "sdxl": "library.models.sdxl:StableDiffusionXL"}

@@ -22,6 +22,8 @@ UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 CLIP_PREFIX = "cond_stage_model.transformer."
 OPENCLIP_PREFIX = "cond_stage_model.model."
+SDXL_CLIP_PREFIX = "conditioner.embedders.0.transformer."
+SDXL_OPENCLIP_PREFIX = "conditioner.embedders.1.model."
 
 
 class PrefixMap:
@@ -118,6 +120,12 @@ def unet_rules(attention_levels: Iterable[int], levels: int, layers: int = 2) ->
 def sd_unet_map(levels: int = 4) -> PrefixMap:
     """The U-Net of SD 1.x and 2.x: attention on every level but the deepest."""
     return PrefixMap(unet_rules(range(levels - 1), levels))
+
+
+def sdxl_unet_map(attention_levels: Iterable[int] = (1, 2), levels: int = 3, layers: int = 2) -> PrefixMap:
+    """The U-Net of SDXL: our names are those of Stability, so this leads to a diffusers folder only."""
+    sizes = [("label_emb.0.0", "add_embedding.linear_1"), ("label_emb.0.2", "add_embedding.linear_2")]
+    return PrefixMap(unet_rules(attention_levels, levels, layers) + sizes)
 
 
 # VAE attention in current and in old diffusers names.
@@ -293,9 +301,14 @@ def vae_entries(
     return entries
 
 
+def own_entries(shapes: Mapping[str, Sequence[int]], *, prefix: str) -> list[Entry]:
+    """File tensors of a module whose names are those in the file (the U-Net of SDXL)."""
+    return [Entry(prefix + key, (key,)) for key in shapes]
+
+
 def clip_entries(shapes: Mapping[str, Sequence[int]], *, prefix: str = CLIP_PREFIX) -> list[Entry]:
     """File tensors of a text encoder that keeps transformers' names (SD 1.x, SDXL's first)."""
-    return [Entry(prefix + key, (key,)) for key in shapes]
+    return own_entries(shapes, prefix=prefix)
 
 
 def openclip_entries(shapes: Mapping[str, Sequence[int]], *, layers: int, prefix: str = OPENCLIP_PREFIX) -> list[Entry]:

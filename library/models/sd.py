@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from library.messages import log
 from library.models.assembly import fill
 from library.models.family import Family, LoadedModel, TextCondition
 from library.models.folders import resolve_folder
-from library.models.sd_loading import PARTS, file_parts, filled_folder_parts, source_of, told_by_file, told_by_folder
+from library.models.loading import compare_with_run, source_of, told_by_file, told_by_folder
+from library.models.sd_loading import PARTS, file_parts, filled_folder_parts
 from library.models.sd_saving import save_folder, save_stability
 from library.models.text_encoders import adopt, encode_chunks, restore_buffers
 from library.models.tokenizers import CLIP_L, OPENCLIP_H, load_tokenizer
@@ -46,6 +46,7 @@ class StableDiffusion(Family):
         *,
         v2: bool = False,
         v_parameterization: bool = False,
+        zero_terminal_snr: bool | None = None,
         vae: str | Path | None = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
@@ -61,8 +62,9 @@ class StableDiffusion(Family):
             path = resolve_folder(source, parts=(*PARTS, "scheduler", "tokenizer"), what="model")
             parts = filled_folder_parts(path, v2, weights, with_vae=vae is None, device=device)
             told, extras = told_by_folder(path), {"folder": str(path)}
-        prediction_type = "v_prediction" if v_parameterization else "epsilon"
-        _say_contradiction(source, told, prediction_type)
+        extras |= compare_with_run(
+            source, told, v_parameterization=v_parameterization, zero_terminal_snr=zero_terminal_snr
+        )
         text_encoder = parts["text_encoder"].module
         restore_buffers(text_encoder, device)
         return LoadedModel(
@@ -75,7 +77,7 @@ class StableDiffusion(Family):
             source=str(path.resolve()) if Path(source).exists() else str(source),
             is_stability_layout=is_file,
             version=self.version(v2, v_parameterization),
-            prediction_type=prediction_type,
+            prediction_type="v_prediction" if v_parameterization else "epsilon",
             extras=extras,
         )
 
@@ -127,12 +129,3 @@ class StableDiffusion(Family):
         **residuals: Any,
     ) -> torch.Tensor:
         return unet(noisy_latents, timesteps, text.hidden[0], **residuals).sample
-
-
-def _say_contradiction(source: str | Path, told: str | None, prediction_type: str) -> None:
-    if told is not None and told != prediction_type:
-        advice = "give" if told == "v_prediction" else "leave out"
-        log.warning(
-            f"{source} says that it predicts {told}, but the run uses {prediction_type}; "
-            f"if that is not intended, {advice} --v_parameterization"
-        )

@@ -16,12 +16,13 @@ from library.models.dimensions import HEAD_SIZE, TextDimensions
 from library.models.tokenizers import CHUNK, count_chunks, split_chunks
 
 POSITION_IDS = "text_model.embeddings.position_ids"
+PLAIN, PROJECTING = "CLIPTextModel", "CLIPTextModelWithProjection"
 
 
-def text_config(dimensions: TextDimensions) -> dict[str, Any]:
+def text_config(dimensions: TextDimensions, class_name: str = PLAIN) -> dict[str, Any]:
     """`config.json` of a text encoder; bos, eos and pad are those of every published SD config, not the real ids."""
     return {
-        "architectures": ["CLIPTextModel"],
+        "architectures": [class_name],
         "attention_dropout": 0.0,
         "bos_token_id": 0,
         "dropout": 0.0,
@@ -47,20 +48,25 @@ def saved_text_config(text_encoder: nn.Module) -> dict[str, Any]:
     config = text_encoder.config
     template = text_config(TextDimensions(HEAD_SIZE, 1, 1))
     return {key: getattr(config, key, value) for key, value in template.items()} | {
-        "architectures": ["CLIPTextModel"],
+        "architectures": [PROJECTING if projection_of(text_encoder) is not None else PLAIN],
         "model_type": "clip_text_model",
     }
 
 
 def empty_text_encoder(config: Mapping[str, Any]) -> nn.Module:
-    """A text encoder without memory (meta device), for `library.models.assembly.fill`."""
-    from transformers import CLIPTextConfig
+    """A text encoder without memory (meta device), for `library.models.assembly.fill`.
+
+    Args:
+        config: `config.json`; its `architectures` say whether the encoder has a projection.
+    """
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     from library.models.clip_text_model import CLIPTextModel
 
     known = {k: v for k, v in config.items() if k not in ("architectures", "torch_dtype", "dtype")}
+    kind = CLIPTextModelWithProjection if PROJECTING in (config.get("architectures") or ()) else CLIPTextModel
     with torch.device("meta"):
-        model = CLIPTextModel(CLIPTextConfig(**known))
+        model = kind(CLIPTextConfig(**known))
     return model.eval()
 
 
@@ -98,10 +104,35 @@ def transformer_of(text_encoder: nn.Module) -> Any:
     return getattr(inner, "text_model", inner)
 
 
+def projection_of(text_encoder: nn.Module) -> nn.Module | None:
+    """The layer that makes the pooled output, None where the encoder has none."""
+    return getattr(getattr(text_encoder, "module", text_encoder), "text_projection", None)
+
+
 def enable_gradient_checkpointing(text_encoder: nn.Module) -> None:
     """Recompute each layer in the backward pass."""
     inner = getattr(text_encoder, "module", text_encoder)
     inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def penultimate_rows(text_encoder: nn.Module, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (B, L) -> (penultimate hidden states, without final norm; last ones, normed), both (B, L, D)."""
+    ids = input_ids.to(_device_of(text_encoder))
+    output = text_encoder(ids, output_hidden_states=True, return_dict=True)
+    return output["hidden_states"][-2], output["last_hidden_state"]
+
+
+def pooled_rows(
+    text_encoder: nn.Module, last_hidden_state: torch.Tensor, input_ids: torch.Tensor, eos_id: int
+) -> torch.Tensor:
+    """The state at each row's first end token (position 0 without one), projected: (B, L, D) -> (B, P).
+
+    transformers takes the position of the highest id instead, which fails with words of textual inversion.
+    """
+    positions = (input_ids == eos_id).int().argmax(dim=-1).to(last_hidden_state.device)
+    states = last_hidden_state[torch.arange(len(positions), device=positions.device), positions]
+    project = projection_of(text_encoder)
+    return project(states.to(project.weight.dtype)).to(last_hidden_state.dtype)
 
 
 def encode_rows(text_encoder: nn.Module, input_ids: torch.Tensor, clip_skip: int | None = None) -> torch.Tensor:
@@ -162,6 +193,38 @@ def encode_chunks(
     elif chunked and input_ids.ndim == 3:
         hidden = hidden.reshape(input_ids.shape[0], -1, hidden.shape[-1])
     return hidden if dtype is None else hidden.to(dtype)
+
+
+def encode_with_pooled(
+    text_encoder: nn.Module,
+    input_ids: torch.Tensor,
+    *,
+    eos_id: int,
+    max_token_length: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Token ids (B, n, 77) -> the states that SDXL takes, and the pooled text.
+
+    Args:
+        eos_id: the end token.
+        max_token_length: see `encode_chunks`.
+        dtype: of the hidden states; None leaves it. The pooled text keeps the encoder's.
+
+    Returns:
+        Penultimate hidden states without final norm (shapes of `encode_chunks`), and the pooled text (B, P) of each
+        caption's first chunk; None for an encoder without projection.
+    """
+    rows = input_ids.reshape(-1, input_ids.shape[-1])
+    hidden, last = penultimate_rows(text_encoder, rows)
+    pooled = None
+    if projection_of(text_encoder) is not None:
+        chunks = len(rows) // len(input_ids)
+        pooled = pooled_rows(text_encoder, last[::chunks], rows[::chunks], eos_id)
+    if max_token_length is not None:
+        hidden = join_chunks(hidden, count_chunks(max_token_length))
+    else:
+        hidden = hidden.reshape(len(input_ids), -1, hidden.shape[-1])
+    return (hidden if dtype is None else hidden.to(dtype)), pooled
 
 
 def weighted_rows(
