@@ -21,6 +21,8 @@ _FULL_WORDS = re.compile(
     re.IGNORECASE,
 )
 MARGIN = 16 * 2**20
+# Temporary paths of the files that are being written now.
+_partials: set[Path] = set()
 
 
 @contextlib.contextmanager
@@ -28,15 +30,20 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary path in the target's folder; on success it is flushed to disk and takes the target's name.
 
     For writers that want a path (safetensors, torch.save). The temporary name keeps the target's suffix.
-    On any failure the temporary file goes and an earlier target stays untouched.
+    On any failure the temporary file goes and an earlier target stays untouched. A target that is such a temporary
+    path itself (a writer inside a writer) is given as it is, so that messages name the file that the user knows.
 
     Raises:
         UserError: the disk is full, or the folder may not be written.
     """
     target = Path(target)
+    if target in _partials:
+        yield target
+        return
     with _explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial_name(target)
+    _partials.add(partial)
     try:
         with _explained(target):
             yield partial
@@ -47,6 +54,8 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+    finally:
+        _partials.discard(partial)
 
 
 @contextlib.contextmanager

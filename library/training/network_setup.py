@@ -115,7 +115,12 @@ def apply_network(
     if config.network_weights:
         require_file(config.network_weights, "--network_weights")
         info = network.load_weights(config.network_weights)
-        log.info("loaded %s: %s", config.network_weights, info)
+        log.info("loaded %s", config.network_weights)
+        missing = [key for key in getattr(info, "missing_keys", ()) if not key.endswith(".alpha")]
+        if missing:
+            log.warning(
+                "%d tensors of the network are not in it and start anew, the first is %s", len(missing), missing[0]
+            )
 
 
 def require_file(path: str, option: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -127,3 +128,22 @@ def test_sizes_in_words() -> None:
         "45.0 MB",
         "6.9 GB",
     ]
+
+
+def test_a_writer_inside_a_writer_names_the_outer_file(tmp_path: Path) -> None:
+    target = tmp_path / "x.bin"
+    with atomic_path(target) as outer, atomic_path(outer) as inner:
+        assert inner == outer
+        inner.write_bytes(b"new")
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("x.bin", b"new")]
+    with pytest.raises(UserError, match=f"disk is full, {re.escape(str(target))} was"), atomic_path(target) as outer:  # noqa: SIM117
+        with atomic_path(outer):
+            raise OSError(errno.ENOSPC, "No space left on device")
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("x.bin", b"new")]
+
+
+@pytest.mark.parametrize("name", ["taken/x.bin", "x" * 300])
+def test_a_name_that_cannot_be_is_a_sentence(tmp_path: Path, name: str) -> None:
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(UserError, match="cannot be written"), atomic_path(tmp_path / name) as partial:
+        partial.write_bytes(b"x")
