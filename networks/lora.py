@@ -224,6 +224,28 @@ class LoRANetwork(RegionalNetwork):
             parts += self._unet_parts(unet_lr, default_lr)
         return self.optimizer_groups(parts)
 
+    def prepare_optimizer_params_with_multiple_te_lrs(
+        self, text_encoder_lr: Sequence[float] | None, unet_lr: float | None, default_lr: float | None = None
+    ) -> tuple[list[dict[str, Any]], list[str]]:
+        """`prepare_optimizer_params` with a rate for each text encoder, in the model's order."""
+        if not text_encoder_lr or not self.text_encoder_loras:
+            return self.prepare_optimizer_params(None, unet_lr, default_lr)
+        if len(text_encoder_lr) == 1:
+            return self.prepare_optimizer_params(text_encoder_lr[0], unet_lr, default_lr)
+        ratio = self.loraplus_text_encoder_lr_ratio or self.loraplus_lr_ratio
+        prefixes = self.text_encoder_prefixes(text_encoder_lr)
+        parts = [
+            Part(
+                f"textencoder {number}",
+                [lora for lora in self.text_encoder_loras if lora.lora_name.startswith(f"{prefix}_")],
+                rate,
+                ratio,
+                default_lr,
+            )
+            for number, (prefix, rate) in enumerate(zip(prefixes, text_encoder_lr, strict=True), 1)
+        ]
+        return self.optimizer_groups(parts + (self._unet_parts(unet_lr, default_lr) if self.unet_loras else []))
+
     def _unet_parts(self, unet_lr: float | None, default_lr: float | None) -> list[Part]:
         ratio = self.loraplus_unet_lr_ratio or self.loraplus_lr_ratio
         if not self.block_lr:

@@ -318,27 +318,34 @@ class NetworkRecord:
     arguments: tuple[str, ...] = field(default=())
 
 
+_LORAPLUS = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
+_LORA = (
+    *("conv_dim", "conv_alpha", "rank_dropout", "module_dropout"),
+    *("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas"),
+    *("down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_lr_zero_threshold"),
+    *_LORAPLUS,
+)
+
 NETWORKS: tuple[NetworkRecord, ...] = (
     NetworkRecord(
         name="networks.lora",
         note="LoRA on linear and 1x1 layers; with conv_dim also on 3x3 convolutions",
-        arguments=(
-            "conv_dim",
-            "conv_alpha",
-            "rank_dropout",
-            "module_dropout",
-            "block_dims",
-            "block_alphas",
-            "conv_block_dims",
-            "conv_block_alphas",
-            "down_lr_weight",
-            "mid_lr_weight",
-            "up_lr_weight",
-            "block_lr_zero_threshold",
-            "loraplus_lr_ratio",
-            "loraplus_unet_lr_ratio",
-            "loraplus_text_encoder_lr_ratio",
-        ),
+        arguments=_LORA,
+    ),
+    NetworkRecord(
+        name="networks.lora_fa",
+        note="LoRA-FA: LoRA whose down matrices stay as drawn, which saves memory",
+        arguments=_LORA,
+    ),
+    NetworkRecord(
+        name="networks.dylora",
+        note="DyLoRA: LoRA for all ranks at once, in groups of unit; files can be cut to a lower rank",
+        arguments=("conv_dim", "conv_alpha", "unit", *_LORAPLUS),
+    ),
+    NetworkRecord(
+        name="networks.oft",
+        note="Orthogonal fine-tuning of the U-Net: network_dim blocks a layer, network_alpha bounds the rotation",
+        arguments=("enable_all_linear", "enable_conv"),
     ),
     NetworkRecord(
         name="lycoris.kohya",

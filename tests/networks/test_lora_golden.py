@@ -16,7 +16,7 @@ from library.models.hashes import network_hashes
 from library.models.text_encoders import empty_text_encoder, text_config
 from library.models.unet_sd import from_config
 from networks import blocks, lora
-from tests.networks.network_models import FULL_TEXT, FULL_UNETS
+from tests.networks.network_models import FULL_TEXT, FULL_UNETS, make_layer
 
 # Whole files whose methods and tools come later.
 LATER_FILES = {

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from network_models import FULL_TEXT, FULL_UNETS
 from torch import nn
 
 from library.models.dimensions import TextDimensions
@@ -17,6 +16,7 @@ from library.models.text_encoders import PROJECTING, empty_text_encoder, text_co
 from library.models.unet_sd import from_config
 from library.models.unet_sdxl import SdxlUNet2DConditionModel
 from networks import dylora, lora, lora_fa, oft
+from tests.networks.network_models import FULL_TEXT, FULL_UNETS
 
 # Cases whose module comes with ControlNet.
 LATER = {"sdxl/lllite": "ControlNet-LLLite"}

@@ -69,7 +69,10 @@ def test_losses_are_the_choices() -> None:
 
 @pytest.mark.parametrize("record", NETWORKS, ids=lambda r: r.name)
 def test_network(record) -> None:
-    assert hasattr(importlib.import_module(record.name), "create_network")
+    module = importlib.import_module(record.name)
+    assert hasattr(module, "create_network")
+    assert hasattr(module, "create_network_from_weights")
+    assert record.note
 
 
 def test_nearest() -> None:
