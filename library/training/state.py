@@ -2,7 +2,7 @@
 
     weights.safetensors   what is trained (for a network: the network alone, no base model)
     optimizer.pt          optimizer and schedule state, gradient scaler
-    run.json              position, seed, recorded losses, files written, a digest of the options
+    run.json              position, seed, shape of the run, recorded losses, files written
 
 Random numbers need no state: every draw is a function of seed and position (`draws.py`). A folder is written
 beside its final name and renamed, so a kill leaves the old folder or the new one. Folders of sd-scripts
