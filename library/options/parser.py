@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -84,11 +85,12 @@ def parse(script: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
         SystemExit: 0 after `--help`, `--dump_schema`, `--output_config`.
     """
     parser = build_parser(script)
-    namespace = parser.parse_args(argv)
-    messages.set_up_from(namespace)
-    if namespace.dump_schema:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if "--dump_schema" in argv:  # asked without what the script itself requires
         messages.write(json.dumps(schema(script), indent=2))
         raise SystemExit(0)
+    namespace = parser.parse_args(argv)
+    messages.set_up_from(namespace)
     if getattr(namespace, "config_file", None):
         config_file.merge(namespace, find_script(script).options(), parser.given)
         messages.set_up_from(namespace)
