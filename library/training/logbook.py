@@ -126,9 +126,11 @@ class LogBook:
         self.bar.__enter__()
 
     def _show(self, run: Run) -> None:
-        if self.bar is not None and run.position.step > self.bar.done:
-            shown = {"loss": self.recorder.moving_average, "pictures/s": self.bar.rate * self.pictures_per_update}
-            self.bar.update(run.position.step - self.bar.done, **shown)
+        if self.bar is None or run.position.step <= self.bar.done:
+            return
+        self.bar.done = run.position.step  # counted before the rate is asked for
+        shown = {"loss": self.recorder.moving_average, "pictures/s": self.bar.rate * self.pictures_per_update}
+        self.bar.update(0, **shown)
 
     def end_of_epoch(self, run: Run) -> None:
         """Flush, and log the epoch's mean loss under its number."""
