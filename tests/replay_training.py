@@ -235,8 +235,16 @@ def train(case: dict[str, Any], trace: dict[str, torch.Tensor], result: Comparis
             micro += 1
         plans[number] = EpochPlan(epoch=number, seed=0, batches=(tuple(batches),))
     run.feed.plan = plans.__getitem__
+    inject_ranks(case, run, trace)
     watch(run, trace, result)
     loop.train(run)
+
+
+def inject_ranks(case: dict[str, Any], run: Any, trace: dict[str, torch.Tensor]) -> None:
+    """The recorded draws of DyLoRA modules in place of their own."""
+    for index, name in enumerate(case.get("dylora_modules", ())):
+        module = run.target.network.get_submodule(name)
+        module.draw = lambda index=index: int(trace[f"step{run.target.hooks.trainer.micro}.dylora_rank"][index])
 
 
 def watch(run: Any, trace: dict[str, torch.Tensor], result: Comparison) -> None:
@@ -252,9 +260,10 @@ def watch(run: Any, trace: dict[str, torch.Tensor], result: Comparison) -> None:
     run.latents = latents
     guard_watch = run.guard.watch
 
-    def guard(losses: Any, norm: torch.Tensor, **rest: Any) -> bool:
+    def guard(losses: Any, norm: torch.Tensor | None, **rest: Any) -> bool:
         step = run.target.hooks.trainer.micro
-        result.compare("grad_norm", norm.reshape(1), trace[f"step{step}.grad_norm"], f"step{step}.grad_norm")
+        if norm is not None:  # with --max_grad_norm 0 nothing is clipped
+            result.compare("grad_norm", norm.reshape(1), trace[f"step{step}.grad_norm"], f"step{step}.grad_norm")
         rates = torch.tensor([group["lr"] for group in run.optimizer.param_groups], dtype=torch.float64)
         if not torch.allclose(rates, trace[f"step{step}.lr"].double(), rtol=1e-9):
             result.faults.append(f"step {step}: rates {rates.tolist()}, recorded {trace[f'step{step}.lr'].tolist()}")
