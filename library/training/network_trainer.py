@@ -82,6 +82,7 @@ class NetworkTrainer:
             args.pretrained_model_name_or_path,
             v2=args.v2,
             v_parameterization=args.v_parameterization,
+            zero_terminal_snr=args.zero_terminal_snr,
             vae=args.vae,
             device=device,
         )

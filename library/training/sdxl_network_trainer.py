@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from library.data.text_cache import require_fixed_captions
-from library.messages import log
 from library.options.sdxl import require_frozen_encoders, verify_sdxl_training_args
 from library.training.latents import move_vae
 from library.training.network_trainer import NetworkTrainer
@@ -43,18 +42,12 @@ class SdxlNetworkTrainer(NetworkTrainer):
         train_dataset_group.verify_bucket_reso_steps(BUCKET_STEPS)
 
     def load_target_model(self, args: Any, weight_dtype: torch.dtype, accelerator: Any) -> tuple[str, Any, Any, Any]:
-        """Open the model; one that says it was trained on velocity is trained so."""
+        """Open the model; one that says of itself that it predicts otherwise than the options ask is named."""
         version, encoders, vae, unet = super().load_target_model(args, weight_dtype, accelerator)
         if self.model is not None:
             self.load_stable_diffusion_format = self.model.is_stability_layout
             self.logit_scale = self.model.extras.get("logit_scale")
             self.ckpt_info = self.model.extras.get("ckpt_info")
-            if self.model.prediction_type == "v_prediction" and not args.v_parameterization:
-                log.warning(
-                    "%s says that it predicts velocity: training as with --v_parameterization",
-                    args.pretrained_model_name_or_path,
-                )
-                args.v_parameterization = True
         return version, encoders, vae, unet
 
     def is_text_encoder_outputs_cached(self, args: Any) -> bool:
@@ -116,3 +109,19 @@ class SdxlNetworkTrainer(NetworkTrainer):
             return super().get_text_cond(args, accelerator, batch, tokenizers, text_encoders, weight_dtype)
         keys = ("text_encoder_outputs1_list", "text_encoder_outputs2_list", "text_encoder_pool2_list")
         return tuple(batch[key].to(accelerator.device, weight_dtype, non_blocking=True) for key in keys)
+
+    def call_unet(
+        self,
+        args: Any,
+        accelerator: Any,
+        unet: Any,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        text_conds: Any,
+        batch: Any,
+        weight_dtype: torch.dtype,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """U-Net output for noisy latents (B, 4, h, w); all that goes in has the weight dtype."""
+        latents = noisy_latents.to(weight_dtype)
+        return super().call_unet(args, accelerator, unet, latents, timesteps, text_conds, batch, weight_dtype, **kwargs)

@@ -44,3 +44,19 @@ def train(command: Callable[..., list[str]], tmp_path: Path) -> Callable[..., Pa
         return tmp_path / output
 
     return run
+
+
+@pytest.fixture
+def train_sdxl(command: Callable[..., list[str]], tiny_sdxl: Path, tmp_path: Path) -> Callable[..., Path]:
+    """The same on the tiny SDXL model."""
+
+    def run(*options: str, output: str = "out", steps: int = 4, trainer: Any = None) -> Path:
+        from library.options.parser import parse
+        from library.training.sdxl_network_trainer import SdxlNetworkTrainer
+
+        model = ("--pretrained_model_name_or_path", str(tiny_sdxl))
+        args = parse("sdxl_train_network.py", command(*model, *options, output=output, steps=steps))
+        (trainer or SdxlNetworkTrainer()).train(args)
+        return tmp_path / output
+
+    return run

@@ -1,0 +1,38 @@
+"""Train a network (LoRA and its relatives) on an SDXL model; docs/train_sdxl.md."""
+
+from __future__ import annotations
+
+import argparse
+
+from library.messages import run
+from library.options.parser import build_parser, parse, resolve
+from library.porch import porch
+
+SCRIPT = "sdxl_train_network.py"
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    """The parser of this script."""
+    return build_parser(SCRIPT)
+
+
+def main() -> None:
+    """Read the options, check them before anything heavy is loaded, and train."""
+    args = parse(SCRIPT)
+    resolve(args, SCRIPT)
+    from library.training.sdxl_network_trainer import SdxlNetworkTrainer
+
+    SdxlNetworkTrainer().train(args)
+
+
+# Names that others import from this script.
+NAMES: dict[str, str] = {
+    "SdxlNetworkTrainer": "library.training.sdxl_network_trainer:SdxlNetworkTrainer",
+    "train_network": "train_network:",
+    "train_util": "library.train_util:",
+}
+__getattr__, __dir__ = porch(__name__, NAMES)
+
+
+if __name__ == "__main__":
+    run(main)
