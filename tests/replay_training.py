@@ -201,7 +201,8 @@ def replay_case(folder: Path, model: Path, scratch: Path) -> Comparison:
     result = Comparison(case["case"])
     trace = load_file(folder / "trace.safetensors")
     final = load_file(folder / "final.safetensors")
-    initial = load_file(folder / "initial.safetensors")
+    recorded = folder / "initial.safetensors"  # not there: everything starts at zero
+    initial = load_file(recorded) if recorded.exists() else {}
     with working_folder(scratch, model):
         start = {k: initial.get(k, torch.zeros_like(v)).float() for k, v in final.items()}
         start |= {k: v for k, v in final.items() if k.endswith(".alpha")}

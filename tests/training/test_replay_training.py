@@ -15,7 +15,7 @@ CASES = sorted(path.parent.name for path in FOLDER.glob("*/case.json"))
 
 def test_the_cases_of_this_scope_are_there() -> None:
     assert {"sd15_lora", "sd15_lora_conv_snr_accum", "sd15_lora_weighted_captions", "sd21_lora_v"} <= set(CASES)
-    assert {"sdxl_lora", "sdxl_lora_cached_text"} <= set(CASES)
+    assert {"sdxl_lora", "sdxl_lora_cached_text", "sdxl_oft"} <= set(CASES)
 
 
 @pytest.mark.parametrize("name", CASES)
