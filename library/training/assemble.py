@@ -191,8 +191,10 @@ def prepare_data(trainer: NetworkTrainer, hooks: Hooks, args: Any) -> tuple[list
 def check_files(options: Resolved) -> None:
     """Files that are needed later, looked at before minutes are spent on the model and caches."""
     network, prompts = options.network, options.samples.sample_prompts
-    for path in [*(network.base_weights or ()), *([network.network_weights] if network.network_weights else ())]:
-        network_setup.require_file(path, "a network to start from")
+    for path in network.base_weights or ():
+        network_setup.require_file(path, "--base_weights")
+    if network.network_weights:
+        network_setup.require_file(network.network_weights, "--network_weights")
     if prompts and Path(prompts).is_file():
         read_prompts(Path(prompts))
 
