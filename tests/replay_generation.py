@@ -14,19 +14,22 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from library.generation import passes
-from library.generation.command import open_engine, prompt_lines
+from library.generation.command import open_engine, prompt_lines, size_condition
 from library.generation.engine import Engine
 from library.generation.request import ImageRequest
 from library.generation.sampling import sample_name, sample_prompt
 from library.generation.session import Session
-from library.models.family import TextCondition, family
+from library.models.family import Family, TextCondition, family
+from library.models.sdxl import size_vector
+from library.models.unet_config import SIZE_EMBED_DIM
 from library.options.parser import build_parser, resolve
 from library.prompts.chunks import padded_ids
 
-SCRIPT = "gen_img_diffusers.py"
 # tests/reference/generation/README.md: 1e-5 for a call that is fed with the recorded input, 1e-4 over a whole run
 WHOLE_RUN = 1e-4
-LIMITS = {"prediction": 1e-5, "start_latents": 1e-5, "timesteps": 1e-6}
+LIMITS = {"prediction": 1e-5, "start_latents": 1e-5, "timesteps": 1e-6, "vector": 1e-5}
+# A run whose own text is off by roundings alone, where these grow beyond the limit of a run from the recorded text.
+LIMITS["final_latents_from_own_text"] = 1e-3
 # what the roundings of all layers together amount to, relative to the largest input
 ROUNDING = 1e-6
 # What stands between the recorded time stamp and the end of a sample's name: step, place, seed.
@@ -87,19 +90,31 @@ class WatchedEngine(Engine):
         trace, report = self.trace, self.report
         self.networks.prepare_batch(requests[0].network_multipliers)
         text = self.given_text or self.encode(requests)
-        report.compare("context", text.hidden[0], trace["context"])
+        report.compare("context", torch.cat(text.hidden, dim=-1), trace["context"])
+        if text.pooled is not None:
+            sizes = size_vector(self._sizes(requests), text.pooled.device)
+            report.compare("vector", torch.cat([text.pooled, sizes], dim=-1), trace["vector"])
         self._compare_tokens(requests)
         self._compare_predictions(requests)
+        latents, errors = self._compare_run(requests, text)
+        if errors["final_latents"] > WHOLE_RUN:
+            report.errors["final_latents_from_own_text"] = errors["final_latents"]
+            latents, errors = self._compare_run(requests, recorded_text(trace))
+        report.errors |= {name: max(error, report.errors.get(name, 0.0)) for name, error in errors.items()}
+        return latents
+
+    def _compare_run(self, requests: Sequence[ImageRequest], text: TextCondition) -> tuple[Any, dict[str, float]]:
+        trace, part = self.trace, Report("")
         own, self.family = self.family, WatchedFamily(self.family)
         steps: list[torch.Tensor] = []
         latents = super().latents(requests, lambda index, timestep, x: steps.append(x), text)
-        batch = len(requests)
-        report.compare("model_input", torch.stack(self.family.inputs)[:, :batch], trace["model_input"])
-        report.compare("timesteps", torch.stack(self.family.timesteps), trace["timesteps"])
-        report.compare("latents", torch.stack(steps), trace["latents"])
-        report.compare("final_latents", latents, trace["final_latents"])
+        part.compare("model_input", torch.stack(self.family.inputs)[:, : len(requests)], trace["model_input"])
+        part.compare("timesteps", torch.stack(self.family.timesteps), trace["timesteps"])
+        part.compare("latents", torch.stack(steps), trace["latents"])
+        part.compare("final_latents", latents, trace["final_latents"])
+        self.report.faults += part.faults
         self.family = own
-        return latents
+        return latents, part.errors
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         images = super().decode(latents)
@@ -116,10 +131,11 @@ class WatchedEngine(Engine):
         from library.generation.text import special_ids
 
         count = self.reader.chunk_count([text for r in requests for text in (r.prompt, r.negative_prompt)])
-        special = special_ids(self.reader.tokenizers[0])
-        rows = [padded_ids(self.reader.tokens(request.prompt)[0].ids, special, count) for request in requests]
-        if torch.tensor(rows).tolist() != self.trace["tokens.0"].tolist():
-            self.report.faults.append("token ids differ")
+        for encoder, tokenizer in enumerate(self.reader.tokenizers):
+            tokens = [self.reader.tokens(request.prompt)[encoder].ids for request in requests]
+            rows = [padded_ids(ids, special_ids(tokenizer), count) for ids in tokens]
+            if rows != self.trace[f"tokens.{encoder}"].tolist():
+                self.report.faults.append(f"token ids of encoder {encoder} differ")
 
     @torch.no_grad()
     def _compare_predictions(self, requests: Sequence[ImageRequest]) -> None:
@@ -129,13 +145,13 @@ class WatchedEngine(Engine):
         applied and with a merged network differ there by 1.5e-4.
         """
         trace = self.trace
-        text = TextCondition([trace["context"]])
+        text, sizes = recorded_text(trace), self._sizes(requests)
         parts = len(trace["context"]) // len(requests)
         largest = trace["model_output"].abs().max()
 
         def call(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
             rows = torch.cat([x] * parts)
-            return self.family.predict(self.model.unet, rows, timestep.expand(len(rows)), text, {})
+            return self.family.predict(self.model.unet, rows, timestep.expand(len(rows)), text, sizes)
 
         for x, timestep, output in zip(trace["model_input"], trace["timesteps"], trace["model_output"], strict=True):
             ours = call(x, timestep)
@@ -147,6 +163,12 @@ class WatchedEngine(Engine):
                 if moved / largest >= error:
                     quantity = "prediction_ill_conditioned"
             self.report.errors[quantity] = max(self.report.errors.get(quantity, 0.0), error)
+
+
+def recorded_text(trace: dict[str, torch.Tensor]) -> TextCondition:
+    """The recorded text states; the encoders' are already joined, and SDXL's vector begins with the pooled text."""
+    pooled = trace["vector"][:, : -6 * SIZE_EMBED_DIM] if "vector" in trace else None
+    return TextCondition([trace["context"]], pooled)
 
 
 def noises(shape: torch.Size) -> list[torch.Tensor]:
@@ -161,17 +183,21 @@ def watch(engine: Engine, trace: dict[str, torch.Tensor], report: Report) -> Wat
 
 
 class watched_noise:
-    """Compares the start latents inside the block; `scaled`: they were recorded after the sampler's factor."""
+    """Compares the start latents inside the block.
 
-    def __init__(self, trace: dict[str, torch.Tensor], report: Report, *, scaled: bool) -> None:
-        self.trace, self.report, self.scaled = trace, report, scaled
+    `sample`: they were recorded after the sampler's factor, and without the draws that the picture scripts drop
+    between the start and the sampler's noise (samples here drop them as the scripts do).
+    """
+
+    def __init__(self, trace: dict[str, torch.Tensor], report: Report, *, sample: bool) -> None:
+        self.trace, self.report, self.sample = trace, report, sample
 
     def __enter__(self) -> None:
         self.original = passes.start_noise
 
-        def start_noise(*arguments: Any, sampler: str, **more: Any) -> torch.Tensor:
-            noise = self.original(*arguments, sampler=sampler, **more)
-            factor = passes.make_sampler(sampler).init_noise_sigma if self.scaled else 1.0
+        def start_noise(*arguments: Any, sampler: str, steps: int) -> torch.Tensor:
+            noise = self.original(*arguments, sampler=sampler, steps=0 if self.sample else steps)
+            factor = passes.make_sampler(sampler).init_noise_sigma if self.sample else 1.0
             self.report.compare("start_latents", noise * factor, self.trace["start_latents"])
             return noise
 
@@ -193,7 +219,7 @@ def replay_case(folder: Path, model: Path, scratch: Path) -> Report:
     trace = load_file(folder / "tensors.safetensors")
     report = Report(case["name"])
     is_sample = "argv" not in case
-    with watched_noise(trace, report, scaled=is_sample):
+    with watched_noise(trace, report, sample=is_sample):
         if is_sample:
             draw_sample(case, trace, report, model)
         else:
@@ -206,20 +232,25 @@ def draw_command(
 ) -> None:
     argv = [argument.replace("DATA/", f"{data}/") for argument in case["argv"]]
     outdir = scratch / "pictures"
-    args = build_parser(SCRIPT).parse_args([*argv, "--ckpt", str(model), "--outdir", str(outdir)])
-    options = resolve(args, SCRIPT)
-    engine = watch(open_engine(family("sd"), options.image_model, options.image), trace, report)
-    Session(options.image, engine, prompt_lines(options.image)).run()
+    script = case["script"]
+    args = build_parser(script).parse_args([*argv, "--ckpt", str(model), "--outdir", str(outdir)])
+    options = resolve(args, script)
+    engine = watch(open_engine(family_of(case), options.image_model, options.image), trace, report)
+    Session(options.image, engine, prompt_lines(options.image), sizes=size_condition(options)).run()
     compare_files(case, outdir, report)
+
+
+def family_of(case: dict[str, Any]) -> Family:
+    return family("sdxl" if case["family"] == "sdxl" else "sd")
 
 
 def draw_sample(case: dict[str, Any], trace: dict[str, torch.Tensor], report: Report, model: Path) -> None:
     """A sample picture, from its recorded context: its text was read by other rules than ours."""
-    own = family("sd")
+    own = family_of(case)
     loaded = own.load(model, v2=case["family"] == "sd21", v_parameterization=case["v_parameterization"])
     engine = Engine(own, loaded, sampler=case["sampler"], clip_skip=case["clip_skip"])
     watched = watch(engine, trace, report)
-    watched.given_text = TextCondition([trace["context"]])
+    watched.given_text = recorded_text(trace)
     prompt = sample_prompt(case["prompt_line"])
     width, height = prompt.size(own.default_size, own.size_multiple)
     request = ImageRequest(

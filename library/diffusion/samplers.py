@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from library.messages import UserError
+from library.messages import UserError, warn_once
 from library.options.registries import SAMPLER_NAMES, SAMPLERS, SamplerRecord
 
 if TYPE_CHECKING:
@@ -33,12 +33,13 @@ def sampler_info(name: str) -> SamplerRecord:
     raise UserError(f"unknown sampler {name!r}", f"choose one of {', '.join(SAMPLER_NAMES)}")
 
 
-def make_sampler(name: str, *, v_prediction: bool = False) -> Any:
+def make_sampler(name: str, *, v_prediction: bool = False, zero_terminal_snr: bool = False) -> Any:
     """Build a sampler (a diffusers scheduler) by name.
 
     Args:
         name: `ddim`, `euler_a`, ... or an alias.
         v_prediction: the model predicts velocity instead of noise.
+        zero_terminal_snr: the model was trained on a schedule that ends in pure noise.
     """
     import diffusers
 
@@ -55,8 +56,11 @@ def make_sampler(name: str, *, v_prediction: bool = False) -> Any:
         "prediction_type": "v_prediction" if v_prediction else "epsilon",
         "steps_offset": 1,
         "clip_sample": False,
+        "rescale_betas_zero_snr": zero_terminal_snr,
         **info.settings,
     }
+    if zero_terminal_snr and "rescale_betas_zero_snr" not in known:
+        warn_once(f"sampler {name} knows no zero terminal SNR: ddim, euler, euler_a or dpmsolver++ suit this model")
     return scheduler_class(**{key: value for key, value in settings.items() if key in known})
 
 

@@ -18,6 +18,8 @@ NOT_SUPPORTED_YET = {
     "XTI_embeddings": "XTI embeddings",
     "highres_fix_scale": "the high-resolution fix",
     "control_net_models": "ControlNet",
+    "control_net_lllite_models": "ControlNet-LLLite",
+    "clip_vision_strength": "pooled text from a picture",
     "clip_guidance_scale": "guidance by CLIP",
     "clip_image_guidance_scale": "guidance by CLIP",
     "vgg16_guidance_scale": "guidance by VGG16",
@@ -27,7 +29,9 @@ NOT_SUPPORTED_YET = {
 _AT_LEAST_ONE = ("n_iter", "images_per_prompt", "batch_size", "steps", "max_embeddings_multiples", "W", "H")
 
 
-def check_options(image: ImageConfig, model: ImageModelConfig, passes: ImagePassesConfig) -> None:
+def check_options(
+    image: ImageConfig, model: ImageModelConfig, passes: ImagePassesConfig, *, family_name: str = "sd"
+) -> None:
     """Refuse options that contradict each other, are out of range or belong to features that are still to come.
 
     Raises:
@@ -43,6 +47,8 @@ def check_options(image: ImageConfig, model: ImageModelConfig, passes: ImagePass
     if image.strength is not None and not 0 <= image.strength <= 1:
         raise UserError(f"--strength {image.strength} is outside 0..1", "use a value between 0 and 1")
     _check_model(model)
+    if family_name == "sdxl" and model.clip_skip is not None:
+        warn_once("--clip_skip has no effect: SDXL always takes the layer before the last")
     if image.use_original_file_name:
         warn_once("--use_original_file_name has no effect without --image_path")
 
@@ -60,6 +66,8 @@ def _check_model(model: ImageModelConfig) -> None:
         warn_once("--v_parameterization without --v2: right only for a 1.x model that predicts velocity")
     if model.v2 and model.clip_skip is not None:
         warn_once("--clip_skip with --v2 is unusual: SD 2.x models use the layer before the last anyway")
+    if model.no_half_vae and not (model.fp16 or model.bf16):
+        warn_once("--no_half_vae has no effect: without --fp16 and --bf16 the VAE is in float32 anyway")
     if model.fp16 and model.bf16:
         warn_once("--bf16 has no effect: --fp16 wins")
 

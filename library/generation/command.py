@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,11 @@ import torch
 from library.generation.checks import check_options
 from library.generation.engine import Engine
 from library.generation.networks import check_networks, load_networks, network_specs, show_metadata
+from library.generation.request import SizeCondition
 from library.generation.session import Session, ask_on_terminal
 from library.messages import UserError, log
 from library.models.family import Family, LoadedModel, family
+from library.models.vae import load_vae
 from library.models.vae_slicing import slice_convolutions
 from library.options.image import ImageConfig
 from library.options.image_model import ImageModelConfig
@@ -37,14 +40,20 @@ def run(options: Resolved, namespace: Any = None, *, family_name: str = "sd") ->
         UserError: bad input, or pictures that could not be drawn.
     """
     image, model = options.image, options.image_model
-    check_options(image, model, options.image_passes)
+    check_options(image, model, options.image_passes, family_name=family_name)
     lines = prompt_lines(image)
     if not lines and not image.interactive:
         log.info("no prompts: nothing to draw (give --prompt, --from_file or --interactive)")
         return
     own = family(family_name)
     engine = open_engine(own, model, image)
-    Session(image, engine, lines, default_size=own.default_size, ask=ask_on_terminal).run()
+    sizes = size_condition(options)
+    Session(image, engine, lines, default_size=own.default_size, sizes=sizes, ask=ask_on_terminal).run()
+
+
+def size_condition(options: Resolved) -> SizeCondition | None:
+    """The command line's sizes, None for a script whose models know none."""
+    return SizeCondition(**dataclasses.asdict(options.image_sizes)) if "image_sizes" in options else None
 
 
 def prompt_lines(image: ImageConfig) -> list[str]:
@@ -56,8 +65,10 @@ def prompt_lines(image: ImageConfig) -> list[str]:
     return [] if image.prompt is None else [image.prompt]
 
 
-def open_engine(own: Family, config: ImageModelConfig, image: ImageConfig) -> Engine:
-    """Open model and networks as the options say, on the best device of this machine."""
+def open_engine(
+    own: Family, config: ImageModelConfig, image: ImageConfig, *, noise_device: str | torch.device | None = None
+) -> Engine:
+    """Open model and networks as the options say, on the best device of this machine; `noise_device`: see `Engine`."""
     specs = network_specs(config.network_module, config.network_weights, config.network_mul, config.network_args)
     check_networks(specs)
     device, dtype = pick_device(), _dtype(config)
@@ -85,6 +96,7 @@ def open_engine(own: Family, config: ImageModelConfig, image: ImageConfig) -> En
         networks=networks,
         vae_batch_size=config.vae_batch_size,
         facts=_facts(config, model),
+        noise_device=noise_device,
     )
 
 
@@ -95,11 +107,16 @@ def open_model(own: Family, config: ImageModelConfig, *, device: str | torch.dev
     model = own.load(
         source,
         v2=config.v2,
-        v_parameterization=config.v_parameterization,
+        v_parameterization=config.v_parameterization or None,
         vae=config.vae,
         dtype=dtype,
         device=device,
     )
+    if model.prediction_type == "v_prediction" and not config.v_parameterization:
+        log.info("the model says that it predicts velocity, and is used so")
+    if config.no_half_vae and dtype != torch.float32:
+        vae = config.vae or source
+        model.vae = load_vae(vae, scaling_factor=own.latent_scale, dtype=torch.float32, device=device)
     if config.tokenizer_cache_dir:
         model.tokenizers = own.load_tokenizers(config.v2, config.tokenizer_cache_dir, None)
     model.unet.set_attention_backend(backend)

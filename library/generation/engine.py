@@ -10,7 +10,7 @@ import torch
 from library.generation.denoise import OnStep
 from library.generation.networks import Networks
 from library.generation.passes import guidance_of, text_to_image
-from library.generation.request import ImageRequest
+from library.generation.request import ImageRequest, SizeCondition
 from library.generation.text import PromptReader, encode_prompts
 from library.messages import UserError, warn_once
 from library.models.family import Family, LoadedModel, TextCondition
@@ -36,6 +36,7 @@ class Engine:
         networks: applied networks, for their multipliers.
         vae_batch_size: pictures that the VAE decodes at once: a number, a share of the batch below 1, None for all.
         facts: about the run, for the metadata of every picture.
+        noise_device: where noise is drawn, in float32 then; None for `device` and `dtype`.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Engine:
         networks: Networks | None = None,
         vae_batch_size: float | None = None,
         facts: Mapping[str, str] | None = None,
+        noise_device: str | torch.device | None = None,
     ) -> None:
         self.family = family
         self.model = model
@@ -60,6 +62,7 @@ class Engine:
         self.clip_skip = clip_skip
         self.networks = networks or Networks()
         self.vae_batch_size = vae_batch_size
+        self.noise_device = noise_device
         self._facts = dict(facts or {})
         self.reader = PromptReader(model.tokenizers, max_chunks)
 
@@ -122,6 +125,8 @@ class Engine:
             v_prediction=self.model.prediction_type == "v_prediction",
             device=self.device,
             dtype=self.dtype,
+            zero_terminal_snr=bool(self.model.extras.get("zero_terminal_snr")),
+            noise_device=self.noise_device,
             on_step=on_step,
         )
 
@@ -160,8 +165,8 @@ class Engine:
 
     def _sizes(self, requests: Sequence[ImageRequest]) -> Batch:
         """Size conditioning of the rows, for families that have it."""
-        own = [_size_row(request, request.original_size) for request in requests]
-        other = [_size_row(request, request.negative_original_size or request.original_size) for request in requests]
+        sides = [(request.sizes or SizeCondition()).rows(request.height, request.width) for request in requests]
+        own, other = [side[0] for side in sides], [side[1] for side in sides]
         count = guidance_of(requests[0]).parts
         rows = own if count == 1 else [row for part in (other, own, other)[:count] for row in part]
         table = torch.tensor(rows, device=self.device)
@@ -172,11 +177,6 @@ def _texts(request: ImageRequest) -> list[str]:
     if guidance_of(request).parts == 1:
         return [request.prompt]
     return [request.prompt, request.negative_prompt]
-
-
-def _size_row(request: ImageRequest, original: tuple[int, int] | None) -> list[int]:
-    target = (request.height, request.width)
-    return [*(original or target), *request.crop, *target]
 
 
 def vae_slice(batch: int, wanted: float | None) -> int:

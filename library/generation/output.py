@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import re
 from collections.abc import Mapping
@@ -81,6 +82,9 @@ def metadata(request: ImageRequest, sampler: str, extra: Mapping[str, str] | Non
         chunks["negative-scale"] = str(float(request.negative_scale))
     if request.clip_prompt is not None:
         chunks["clip-prompt"] = request.clip_prompt
+    if request.sizes is not None:
+        sizes = dataclasses.asdict(request.sizes)
+        chunks |= {name.replace("_", "-"): str(value) for name, value in sizes.items()}
     return {**chunks, "width": str(request.width), "height": str(request.height), **(extra or {})}
 
 

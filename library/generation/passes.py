@@ -22,6 +22,8 @@ def text_to_image(
     v_prediction: bool,
     device: str | torch.device,
     dtype: torch.dtype,
+    zero_terminal_snr: bool = False,
+    noise_device: str | torch.device | None = None,
     on_step: OnStep | None = None,
 ) -> torch.Tensor:
     """Draw a batch from noise.
@@ -30,17 +32,20 @@ def text_to_image(
         predict: the model with the batch's text, rows in the order of `Guidance`.
         requests: B requests of equal size, steps and guidance.
         dtype: of noise and latents; another one gives other pictures for the same seed.
+        zero_terminal_snr: the model was trained with it.
+        noise_device: where noise is drawn, in float32 then; None for `device` and `dtype`.
 
     Returns:
         (B, 4, H/8, W/8) latents in the model's scale.
     """
     first = requests[0]
-    sampler = make_sampler(sampler_name, v_prediction=v_prediction)
+    sampler = make_sampler(sampler_name, v_prediction=v_prediction, zero_terminal_snr=zero_terminal_snr)
     set_steps(sampler, first.steps)
-    generators = picture_generators([request.seed for request in requests], device)
+    generators = picture_generators([request.seed for request in requests], noise_device or device)
+    noise_dtype = dtype if noise_device is None else torch.float32
     shape = (LATENT_CHANNELS, first.height // PIXELS_PER_LATENT, first.width // PIXELS_PER_LATENT)
-    latents = start_noise(generators, shape, dtype, sampler=sampler_name, steps=first.steps)
-    latents = latents * sampler.init_noise_sigma
+    latents = start_noise(generators, shape, noise_dtype, sampler=sampler_name, steps=first.steps)
+    latents = latents.to(device, dtype) * sampler.init_noise_sigma
     return denoise(predict, sampler, latents, guidance_of(first), generators, on_step)
 
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 from PIL.Image import Image
 
 from library.generation.batches import BatchQueue
 from library.generation.output import OutputFolder, metadata, save_picture
 from library.generation.preview import show
-from library.generation.request import ImageRequest
+from library.generation.request import ImageRequest, SizeCondition
 from library.generation.seeds import SeedPlan
 from library.messages import Progress, UserError, log
 from library.options.image import ImageConfig
 from library.prompts import dynamic
-from library.prompts.line_options import ParsedLine, parse_line
+from library.prompts.line_options import PICTURE_ITEMS, SIZE_CONDITION_ITEMS, ParsedLine, parse_line
 
 DEFAULT_STRENGTH = 0.8
 
@@ -41,6 +42,7 @@ class Session:
         engine: draws batches.
         lines: the prompt lines of file or command line.
         default_size: side of a picture whose side nobody gives.
+        sizes: the command line's sizes, for a family with size conditioning; prompt lines may then name them too.
         rng: stream of the random choices without `--seed` (None: unseeded).
         ask: gives the next line of the interactive mode, None at the end.
     """
@@ -52,6 +54,7 @@ class Session:
         lines: Iterable[str],
         *,
         default_size: int = 512,
+        sizes: SizeCondition | None = None,
         rng: random.Random | None = None,
         ask: Callable[[], str | None] | None = None,
     ) -> None:
@@ -59,6 +62,8 @@ class Session:
         self.engine = engine
         self.lines = list(lines)
         self.default_size = default_size
+        self.sizes = sizes
+        self.line_items = PICTURE_ITEMS if sizes is None else (*PICTURE_ITEMS, *SIZE_CONDITION_ITEMS)
         self.ask = ask
         self.iterations = 1 if config.interactive else config.n_iter
         self.seeds = SeedPlan(
@@ -123,7 +128,7 @@ class Session:
             yield self._request(self._parse(variant), variant, index + offset)
 
     def _parse(self, line: str) -> ParsedLine:
-        parsed = parse_line(line)
+        parsed = parse_line(line, self.line_items)
         for item, reason in parsed.not_understood:
             log.warning(f'"--{item}" is left out ({reason}): {line}')
         return parsed
@@ -145,9 +150,16 @@ class Session:
             network_multipliers=values.get("network_multipliers"),
             clip_prompt=values.get("clip_prompt"),
             seed=seed,
+            sizes=self._sizes(values),
             index=index,
             raw_line=line,
         )
+
+    def _sizes(self, values: dict[str, Any]) -> SizeCondition | None:
+        if self.sizes is None:
+            return None
+        given = {item.target: values[item.target] for item in SIZE_CONDITION_ITEMS if item.target in values}
+        return dataclasses.replace(self.sizes, **given)
 
     def _draw_batches(self, batches: list[list[ImageRequest]]) -> None:
         for batch in batches:

@@ -92,7 +92,7 @@ class Family(ABC):
         source: str | Path,
         *,
         v2: bool = False,
-        v_parameterization: bool = False,
+        v_parameterization: bool | None = False,
         zero_terminal_snr: bool | None = None,
         vae: str | Path | None = None,
         dtype: torch.dtype | None = None,
@@ -103,7 +103,7 @@ class Family(ABC):
         Args:
             source: path or hub id.
             v_parameterization, zero_terminal_snr: how the caller uses the model; a source that says otherwise of
-                itself is named in a warning. None for the second: as the source says.
+                itself is named in a warning. None: as the source says.
             vae: a file, folder or hub id that replaces the model's VAE.
             dtype: of the loaded weights; None = float32 for SD, as the specification says for the others.
             device: where the weights go, tensor by tensor.

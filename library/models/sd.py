@@ -45,7 +45,7 @@ class StableDiffusion(Family):
         source: str | Path,
         *,
         v2: bool = False,
-        v_parameterization: bool = False,
+        v_parameterization: bool | None = False,
         zero_terminal_snr: bool | None = None,
         vae: str | Path | None = None,
         dtype: torch.dtype | None = None,
@@ -62,6 +62,8 @@ class StableDiffusion(Family):
             path = resolve_folder(source, parts=(*PARTS, "scheduler", "tokenizer"), what="model")
             parts = filled_folder_parts(path, v2, weights, with_vae=vae is None, device=device)
             told, extras = told_by_folder(path), {"folder": str(path)}
+        if v_parameterization is None:
+            v_parameterization = told.prediction_type == "v_prediction"
         extras |= compare_with_run(
             source, told, v_parameterization=v_parameterization, zero_terminal_snr=zero_terminal_snr
         )

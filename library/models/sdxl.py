@@ -49,7 +49,7 @@ class StableDiffusionXL(Family):
         source: str | Path,
         *,
         v2: bool = False,
-        v_parameterization: bool = False,
+        v_parameterization: bool | None = False,
         zero_terminal_snr: bool | None = None,
         vae: str | Path | None = None,
         dtype: torch.dtype | None = None,
@@ -67,6 +67,8 @@ class StableDiffusionXL(Family):
             path = resolve_folder(source, parts=(*PARTS, "scheduler", "tokenizer", "tokenizer_2"), what="model")
             parts = filled_folder_parts(path, weights, with_vae=vae is None, device=device)
             told, extras = told_by_folder(path), {"folder": str(path), "logit_scale": None, "ckpt_info": None}
+        if v_parameterization is None:
+            v_parameterization = told.prediction_type == "v_prediction"
         extras |= compare_with_run(
             source, told, v_parameterization=v_parameterization, zero_terminal_snr=zero_terminal_snr
         )

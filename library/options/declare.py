@@ -26,21 +26,26 @@ def option(
     help: str = "",
     *,
     flag: str | None = None,
+    short: str | None = None,
     choices: tuple[Any, ...] | None = None,
     nargs: str | None = None,
     type: Any = None,
+    required: bool = False,
 ) -> Any:
     """Declare one option as a dataclass field.
 
     Args:
         default: value when neither command line nor config file gives one.
         help: one sentence for `--help` and `docs/options.md`.
-        flag: the flag, when it is not `--<field name>`.
+        flag: the flag, when it is not `--<field name>`; without dashes it is a positional argument.
+        short: a second flag of one letter, e.g. `-s`.
         choices: allowed values.
         nargs: `*` or `+` for lists (default `*`).
-        type: a function text -> value, when the annotation does not say enough.
+        type: a function text -> value, when the annotation does not say enough (`bool`: a text, not a flag).
+        required: the parser itself insists on it; scripts with a config file check `Script.required` instead.
     """
-    meta = {"help": help, "flag": flag, "choices": choices, "nargs": nargs, "type": type}
+    meta = {"help": help, "flag": flag, "short": short, "choices": choices, "nargs": nargs, "type": type}
+    meta["required"] = required
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=meta)
     return dataclasses.field(default=default, metadata=meta)
@@ -57,25 +62,29 @@ class Option:
     choices: tuple[Any, ...] | None
     nargs: str | None
     help: str
-
-    @property
-    def is_flag(self) -> bool:
-        return self.value_type is bool
+    is_flag: bool = False
+    short: str | None = None
+    required: bool = False
 
     def add_to(self, parser: argparse._ActionsContainer) -> None:
         """Add this option to an argparse parser."""
         help = self.help.replace("%", "%%")
+        if not self.flag.startswith("-"):
+            parser.add_argument(self.dest, metavar=self.flag, type=self.value_type, help=help)
+            return
+        flags = [self.short, self.flag] if self.short else [self.flag]
         if self.is_flag:
-            parser.add_argument(self.flag, dest=self.dest, action="store_true", default=self.default, help=help)
+            parser.add_argument(*flags, dest=self.dest, action="store_true", default=self.default, help=help)
             return
         shown = "" if self.default in (None, "") else " (default: %(default)s)"
         parser.add_argument(
-            self.flag,
+            *flags,
             dest=self.dest,
             type=self.value_type,
             default=self.default,
             choices=list(self.choices) if self.choices else None,
             nargs=self.nargs,
+            required=self.required,
             help=help + shown,
         )
 
@@ -111,6 +120,9 @@ def options_of(config_class: type) -> list[Option]:
                 choices=meta["choices"],
                 nargs=(meta["nargs"] or "*") if is_list else None,
                 help=meta["help"],
+                is_flag=element is bool and meta["type"] is None,
+                short=meta["short"],
+                required=meta["required"],
             )
         )
     return result

@@ -30,6 +30,7 @@ class ImageModelConfig:
     vae_batch_size: float | None = option(
         None, "pictures per call of the VAE: a number, or a share of --batch_size below 1"
     )
+    no_half_vae: bool = option(False, "keep the VAE in float32 with --fp16 and --bf16")
     vae_slices: int | None = option(None, "slices in which the VAE decodes one picture, for less memory")
     network_module: list[str] | None = option(
         None, "modules of the networks, e.g. networks.lora; one per --network_weights"

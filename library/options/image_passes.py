@@ -29,6 +29,13 @@ class ImagePassesConfig:
     control_net_ratios: list[float] | None = option(
         None, "share of the steps, from 0 to 1, in which each ControlNet works"
     )
+    control_net_lllite_models: list[str] | None = option(None, "ControlNet-LLLite files")
+    control_net_multipliers: list[float] | None = option(
+        None, "strengths of the ControlNet-LLLites; 1.0 where the list is shorter"
+    )
+    clip_vision_strength: float | None = option(
+        None, "take the pooled text from the picture of --image_path, at this strength"
+    )
     clip_guidance_scale: float = option(0.0, "strength of guidance by CLIP towards the prompt (0 = off)")
     clip_image_guidance_scale: float = option(0.0, "strength of guidance by CLIP towards the guide picture (0 = off)")
     vgg16_guidance_scale: float = option(0.0, "strength of guidance by VGG16 towards the guide picture (0 = off)")

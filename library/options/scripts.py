@@ -21,9 +21,11 @@ from library.options.hub import HubConfig
 from library.options.image import ImageConfig
 from library.options.image_model import ImageModelConfig
 from library.options.image_passes import ImagePassesConfig
+from library.options.image_sizes import ImageSizesConfig
 from library.options.logging import LoggingConfig
 from library.options.loop import LoopConfig
 from library.options.metadata import MetadataConfig
+from library.options.minimal import MinimalConfig
 from library.options.model import ModelConfig
 from library.options.network import NetworkConfig
 from library.options.objective import ObjectiveConfig
@@ -56,6 +58,8 @@ CONCERNS: dict[str, type] = {
     "image": ImageConfig,
     "image_model": ImageModelConfig,
     "image_passes": ImagePassesConfig,
+    "image_sizes": ImageSizesConfig,
+    "minimal": MinimalConfig,
 }
 
 
@@ -125,7 +129,35 @@ SCRIPTS: dict[str, Script] = {
     "gen_img_diffusers.py": Script(
         summary="Draw pictures with a Stable Diffusion 1.x or 2.x model.",
         concerns=("image_model", "image", "image_passes", "console"),
+        absent=frozenset(
+            {"no_half_vae", "control_net_lllite_models", "control_net_multipliers", "clip_vision_strength"}
+        ),
         required=("ckpt",),
+    ),
+    "sdxl_gen_img.py": Script(
+        summary="Draw pictures with an SDXL model.",
+        concerns=("image_model", "image", "image_sizes", "image_passes", "console"),
+        absent=frozenset(
+            {
+                *("v2", "v_parameterization", "shuffle_prompts", "XTI_embeddings"),
+                *("clip_guidance_scale", "clip_image_guidance_scale", "vgg16_guidance_scale", "vgg16_guidance_layer"),
+                *("control_net_models", "control_net_preps", "control_net_weights"),
+            }
+        ),
+        changed={
+            "W": {"help": "width in pixels, a multiple of 32; 1024 when left out"},
+            "H": {"help": "height in pixels, a multiple of 32; 1024 when left out"},
+            "clip_skip": {"help": "no effect: SDXL always takes the layer before the last"},
+        },
+        required=("ckpt",),
+        family="sdxl",
+    ),
+    "sdxl_minimal_inference.py": Script(
+        summary="Draw one picture of 1024x1024 pixels with an SDXL model.",
+        concerns=("minimal", "console"),
+        absent=frozenset({"console_log_level", "console_log_file", "console_log_simple"}),
+        required=("ckpt_path",),
+        family="sdxl",
     ),
 }
 

@@ -98,7 +98,8 @@ def configs(**values: Any) -> tuple[ImageConfig, ImageModelConfig, ImagePassesCo
 
 @pytest.mark.parametrize("name", sorted(NOT_SUPPORTED_YET))
 def test_what_comes_later_is_refused(name: str) -> None:
-    option = next(option for option in find_script(SCRIPT).options() if option.dest == name)
+    options = [*find_script(SCRIPT).options(), *find_script("sdxl_gen_img.py").options()]
+    option = next(option for option in options if option.dest == name)
     value = ["x"] if option.nargs else option.value_type(1)
     with pytest.raises(UserError, match=f"--{name}: .* is not supported yet"):
         check_options(*configs(**{name: value}))

@@ -1,4 +1,4 @@
-"""Recorded runs of the original: text to image with SD 1.x and 2.x, networks, sample pictures."""
+"""Recorded runs of the original: text to image, networks, sample pictures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def test_cases_are_there() -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_case(name: str, tiny_sd15: Path, tiny_sd21: Path, tmp_path: Path) -> None:
+def test_case(name: str, tiny_sd15: Path, tiny_sd21: Path, tiny_sdxl: Path, tmp_path: Path) -> None:
     case = json.loads((FOLDER / name / "case.json").read_text(encoding="utf-8"))
-    report = replay_case(FOLDER / name, {"sd15": tiny_sd15, "sd21": tiny_sd21}[case["family"]], tmp_path)
+    models = {"sd15": tiny_sd15, "sd21": tiny_sd21, "sdxl": tiny_sdxl}
+    report = replay_case(FOLDER / name, models[case["family"]], tmp_path)
     assert report.passed, report.line()

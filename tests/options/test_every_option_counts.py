@@ -31,6 +31,8 @@ TUNING = {
     "train_network.py": OF_TRAININGS,
     "sdxl_train_network.py": OF_TRAININGS,
     "gen_img_diffusers.py": (r"highres_fix_\w+|control_net_\w+|vgg16_\w+|ds_\w+|gradual_latent_\w+",),
+    "sdxl_gen_img.py": (r"highres_fix_\w+|control_net_\w+|ds_\w+|gradual_latent_\w+",),
+    "sdxl_minimal_inference.py": (),
 }
 
 
@@ -59,7 +61,9 @@ def is_read(dest: str) -> bool:
 
 
 def refused(script: str) -> set[str]:
-    return set(NOT_YET.get(script, ())) | (set(NOT_SUPPORTED_YET) if script == "gen_img_diffusers.py" else set())
+    entry = find_script(script)
+    own = {option.dest for option in entry.options()} if "image" in entry.concerns else set()
+    return set(NOT_YET.get(script, ())) | (set(NOT_SUPPORTED_YET) & own)
 
 
 # Read where the metadata are made only, which is their purpose.
