@@ -75,6 +75,7 @@ def _option(action: argparse.Action) -> Option:
         choices=tuple(action.choices) if action.choices else None,
         nargs=None if flag else str(action.nargs) if action.nargs else None,
         help=action.help or "",
+        is_flag=flag,
     )
 
 
