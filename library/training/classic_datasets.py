@@ -18,8 +18,10 @@ from library.data.plan import EpochPlan, PlannedBatch, make_plan
 from library.data.records import DatasetSettings, Item, ScanResult, SubsetSettings
 from library.data.sources import scan
 from library.messages import UserError, log
+from library.models.family import family
 from library.models.tokenizers import input_ids
 from library.training.caption_tokens import CaptionTokens
+from library.training.text_outputs import TextCacher
 
 LATER_SUBSET_NAMES = (
     "caption_separator",
@@ -323,6 +325,20 @@ class BaseDataset(torch.utils.data.Dataset, metaclass=_StandsFor):
 
         if self.core is not None:
             cache_with_vae([self.core], vae, vae_batch_size, cache_to_disk)
+
+    def cache_text_encoder_outputs(
+        self,
+        tokenizers: Sequence[Any],
+        text_encoders: Sequence[Any],
+        device: Any,
+        weight_dtype: torch.dtype,
+        cache_to_disk: bool = False,
+        is_main_process: bool = True,
+    ) -> None:
+        """Encode all captions once with SDXL's text encoders; every process calls it."""
+        if self.core is not None:
+            cache = TextCacher(family("sdxl"), self.max_token_length)
+            cache([self.core], tokenizers, text_encoders, device, weight_dtype, cache_to_disk)
 
 
 class DreamBoothDataset(BaseDataset):
