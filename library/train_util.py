@@ -26,6 +26,7 @@ NAMES = {
     "load_latents_from_disk": "library.data.classic:load_latents_from_disk",
     "save_latents_to_disk": "library.data.classic:save_latents_to_disk",
     "trim_and_resize_if_required": "library.data.classic:trim_and_resize_if_required",
+    "TEXT_ENCODER_OUTPUTS_CACHE_SUFFIX": "library.data.text_file:SUFFIX",
     "DatasetGroup": "library.data.dataset:DatasetGroup",
     "IMAGE_TRANSFORMS": "library.data.classic:image_transforms",
     "glob_images": "library.data.listing:glob_images",
@@ -38,6 +39,10 @@ NAMES = {
     "DreamBoothSubset": "library.training.classic_datasets:DreamBoothSubset",
     "MinimalDataset": "library.training.classic_datasets:MinimalDataset",
     "load_arbitrary_dataset": "library.training.classic_datasets:load_arbitrary_dataset",
+    # training: text outputs
+    "cache_batch_text_encoder_outputs": "library.training.classic_text_outputs:cache_batch_text_encoder_outputs",
+    "load_text_encoder_outputs_from_disk": "library.training.classic_text_outputs:load_text_encoder_outputs_from_disk",
+    "save_text_encoder_outputs_to_disk": "library.training.classic_text_outputs:save_text_encoder_outputs_to_disk",
     # runtime
     "patch_accelerator_for_fp16_training": "library.runtime.porch_adapters:patch_accelerator_for_fp16_training",
     "prepare_accelerator": "library.runtime.porch_adapters:prepare_accelerator",
@@ -53,6 +58,8 @@ NAMES = {
     "addnet_hash_safetensors": "library.models.hashes:safetensors_data_hash_of",
     "calculate_sha256": "library.models.hashes:calculate_sha256",
     "get_hidden_states": "library.models.porch_adapters:get_hidden_states",
+    "get_hidden_states_sdxl": "library.models.porch_sdxl_train_util:get_hidden_states_sdxl",
+    "pool_workaround": "library.models.porch_sdxl_train_util:pool_workaround",
     "get_sai_model_spec": "library.models.porch_adapters:get_sai_model_spec",
     "load_metadata_from_safetensors": "library.models.porch_adapters:load_metadata_from_safetensors",
     "load_target_model": "library.models.porch_adapters:load_target_model",

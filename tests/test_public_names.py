@@ -35,7 +35,6 @@ MODEL_SAVING = "training scripts that save whole models"
 CONTROLNET = "ControlNet"
 PASSES = "picture passes besides text to image"
 DEEPSPEED = "more than one process"
-NAMING = "networks in diffusers names"
 # Names whose area is still to come.
 LATER: dict[str, dict[str, str]] = {
     "library.train_util": {
@@ -43,12 +42,6 @@ LATER: dict[str, dict[str, str]] = {
         "FineTuningSubset": FINE_TUNING,
         "ControlNetDataset": FINE_TUNING,
         "ControlNetSubset": FINE_TUNING,
-        "cache_batch_text_encoder_outputs": SDXL,
-        "save_text_encoder_outputs_to_disk": SDXL,
-        "load_text_encoder_outputs_from_disk": SDXL,
-        "TEXT_ENCODER_OUTPUTS_CACHE_SUFFIX": SDXL,
-        "get_hidden_states_sdxl": SDXL,
-        "pool_workaround": SDXL,
         "add_sd_saving_arguments": MODEL_SAVING,
         "save_sd_model_on_epoch_end_or_stepwise": MODEL_SAVING,
         "save_sd_model_on_train_end": MODEL_SAVING,
@@ -64,6 +57,11 @@ LATER: dict[str, dict[str, str]] = {
         "convert_controlnet_state_dict_to_sd": CONTROLNET,
         "convert_controlnet_state_dict_to_diffusers": CONTROLNET,
     },
+    "library.sdxl_train_util": {
+        "sample_images": PASSES,
+        "save_sd_model_on_train_end": MODEL_SAVING,
+        "save_sd_model_on_epoch_end_or_stepwise": MODEL_SAVING,
+    },
     "library.original_unet": {"InferUNet2DConditionModel": PASSES},
     "library.sdxl_original_unet": {"InferSdxlUNet2DConditionModel": PASSES},
     "library.utils": {"GradualLatent": PASSES, "EulerAncestralDiscreteSchedulerGL": PASSES},
@@ -76,7 +74,6 @@ LATER: dict[str, dict[str, str]] = {
     "library.lpw_stable_diffusion": {"preprocess_image": PASSES, "preprocess_mask": PASSES}
     | {"prepare_controlnet_image": CONTROLNET},
     "gen_img_diffusers": {"preprocess_image": PASSES, "preprocess_mask": PASSES},
-    "networks.lora": {"convert_diffusers_to_sai_if_needed": NAMING},
 }
 # Attributes of classes that are there already.
 LATER_ATTRIBUTES = {
@@ -85,8 +82,6 @@ LATER_ATTRIBUTES = {
 }
 # Whole modules whose names are not in the table yet.
 LATER_MODULES = {
-    "library.sdxl_model_util": SDXL,
-    "library.sdxl_train_util": SDXL,
     "library.sdxl_lpw_stable_diffusion": SDXL,
     "library.hypernetwork": PASSES,
     "networks.lora_diffusers": SDXL,

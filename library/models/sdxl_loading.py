@@ -41,9 +41,12 @@ _FIRST, _SECOND = "first text encoder", "second text encoder"
 
 
 def file_parts(
-    path: Path, dtype: torch.dtype, *, latent_scale: float, with_vae: bool
+    path: Path, dtype: torch.dtype, *, latent_scale: float, with_vae: bool, text_dtype: torch.dtype | None = None
 ) -> tuple[dict[str, Part], Checkpoint]:
     """The parts of a Stability file, ready to fill.
+
+    Args:
+        dtype: of the weights; `text_dtype` of the text encoders where it differs.
 
     Raises:
         UserError: another family (named), or not a complete model.
@@ -54,8 +57,8 @@ def file_parts(
         _refuse_other_kind(path, kind_of(shapes))
         parts = {
             "unet": _unet_part(checkpoint, sdxl_unet_config(shapes), dtype),
-            "text_encoder": clip_part(checkpoint, key_maps.SDXL_CLIP_PREFIX, dtype, name=_FIRST),
-            "text_encoder_2": _second_text_part(checkpoint, dtype),
+            "text_encoder": clip_part(checkpoint, key_maps.SDXL_CLIP_PREFIX, text_dtype or dtype, name=_FIRST),
+            "text_encoder_2": _second_text_part(checkpoint, text_dtype or dtype),
         }
         if with_vae:
             parts["vae"] = stability_vae_part(checkpoint, latent_scale, dtype)
@@ -65,9 +68,17 @@ def file_parts(
 
 
 def filled_folder_parts(
-    folder: Path, dtype: torch.dtype, *, with_vae: bool, device: str | torch.device
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    with_vae: bool,
+    device: str | torch.device,
+    text_dtype: torch.dtype | None = None,
 ) -> dict[str, Part]:
     """The parts of a diffusers folder, filled.
+
+    Args:
+        dtype: of the weights; `text_dtype` of the text encoders where it differs.
 
     Raises:
         UserError: another family (named), or not a complete model.
@@ -80,7 +91,8 @@ def filled_folder_parts(
         opened["vae"] = open_part(folder / "vae")
     parts = {}
     for name, (config, checkpoint) in opened.items():
-        parts[name] = _folder_part(name, checkpoint, config, dtype)
+        own = text_dtype or dtype if name.startswith("text_encoder") else dtype
+        parts[name] = _folder_part(name, checkpoint, config, own)
         fill(checkpoint, [parts[name]], device=device)
     return parts
 

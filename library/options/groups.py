@@ -41,6 +41,7 @@ OPTIMIZER = """optimizer_type use_8bit_adam use_lion_optimizer learning_rate max
 CUSTOM = "min_snr_gamma scale_v_pred_loss_like_noise_pred v_pred_like_loss debiased_estimation_loss"
 WEIGHTED_CAPTIONS = "weighted_captions"
 MASKED_LOSS = "conditioning_data_dir masked_loss"
+SDXL = "cache_text_encoder_outputs cache_text_encoder_outputs_to_disk disable_mmap_load_safetensors"
 CONSOLE = "console_log_level console_log_file console_log_simple"
 DEEPSPEED = """deepspeed zero_stage offload_optimizer_device offload_optimizer_nvme_path offload_param_device
     offload_param_nvme_path zero3_init_flag zero3_save_16bit_model fp16_master_weights_and_gradients"""
@@ -48,7 +49,8 @@ DEEPSPEED = """deepspeed zero_stage offload_optimizer_device offload_optimizer_n
 
 @cache
 def _options() -> dict[str, Option]:
-    return {option.dest: option for option in find_script("train_network.py").options()}
+    scripts = ("sdxl_train_network.py", "train_network.py")
+    return {option.dest: option for script in scripts for option in find_script(script).options()}
 
 
 def _add(parser: argparse.ArgumentParser, *groups: str) -> None:
@@ -61,6 +63,11 @@ def _add(parser: argparse.ArgumentParser, *groups: str) -> None:
 def add_sd_models_arguments(parser: argparse.ArgumentParser) -> None:
     """Model and tokenizer."""
     _add(parser, MODELS)
+
+
+def add_sdxl_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """Cached outputs of the text encoders."""
+    _add(parser, SDXL)
 
 
 def add_dataset_arguments(

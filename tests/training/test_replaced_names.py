@@ -11,6 +11,7 @@ import pytest
 from safetensors import safe_open
 
 import library.config_util
+import library.sdxl_train_util
 import library.train_util
 from library.replaceable import REPLACEABLE
 from library.training import classic_config
@@ -50,7 +51,7 @@ def test_every_name_is_called(calls: dict, train: Callable[..., Path], tmp_path:
     file.write_text(DATASETS.format(folder=folder.as_posix()), encoding="utf-8")
     options = ("--dataset_config", str(file), "--save_every_n_steps", "1", "--loss_type", "huber", "--cache_latents")
     out = train(*options, steps=2)
-    assert set(calls) == {name for names in REPLACEABLE.values() for name in names}
+    assert set(calls) == {n for module, names in REPLACEABLE.items() if module != "sdxl_train_util" for n in names}
     (args, extension, step), _ = calls["get_step_ckpt_name"][0]
     assert (args.output_name, extension, step) == ("x", ".safetensors", 1)
     (prediction, target), named = calls["conditional_loss"][0]
@@ -82,3 +83,12 @@ def test_names_that_are_given_are_used(train: Callable[..., Path], monkeypatch: 
     assert sorted(path.name for path in out.glob("*.safetensors")) == [
         "mine-2.safetensors", "mine-4.safetensors", "x.safetensors"
     ]  # fmt: skip
+
+
+def test_sdxl_names_are_called(calls: dict, train_sdxl: Callable[..., Path]) -> None:
+    """An SDXL training asks for SDXL's functions and not for those of SD."""
+    train_sdxl(steps=1)
+    assert set(REPLACEABLE["sdxl_train_util"]) <= set(calls)
+    assert not {"load_tokenizer"} & set(calls)
+    (source, vae, version, *_), _ = calls["_load_target_model"][0]
+    assert (Path(source).is_file(), vae, version) == (True, None, "sdxl_base_v1-0")

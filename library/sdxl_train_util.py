@@ -1,0 +1,14 @@
+"""Old import path of helpers of SDXL trainings."""
+
+from library.porch import porch
+
+_MODELS = "library.models.porch_sdxl_train_util"
+_NAMES = """
+    TOKENIZER1_PATH TOKENIZER2_PATH _load_target_model get_size_embeddings get_timestep_embedding load_target_model
+    load_tokenizers match_mixed_precision timestep_embedding
+"""
+NAMES = {name: f"{_MODELS}:{name}" for name in _NAMES.split()} | {
+    "add_sdxl_training_arguments": "library.options.groups:add_sdxl_training_arguments",
+    "verify_sdxl_training_args": "library.options.sdxl:verify_sdxl_training_args",
+}
+__getattr__, __dir__ = porch(__name__, NAMES)
