@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import sys
@@ -16,15 +17,15 @@ from PIL import Image
 
 from library.generation import output
 from library.generation.checks import check_options
-from library.generation.command import prompt_lines
+from library.generation.command import prompt_lines, size_condition
 from library.generation.networks import Networks, check_networks, load_networks, network_specs
-from library.generation.request import ImageRequest
+from library.generation.request import ImageRequest, SizeCondition
 from library.generation.session import Session, has_prompt
 from library.messages import UserError
 from library.models.family import LoadedModel
 from library.options.parser import build_parser, resolve
 
-SCRIPT = "gen_img_diffusers.py"
+SCRIPT, SDXL_SCRIPT = "gen_img_diffusers.py", "sdxl_gen_img.py"
 STAMP = "20240102030405"
 
 # Image to image, inpainting, guides, controls, regions and the second pass come with their own issue.
@@ -60,8 +61,10 @@ LATER = {
     "control net without guide",
     "control net, highres fix",
 }
-# Flows of the SDXL script, where they differ: with that script.
-LATER_SCRIPTS = {"sdxl"}
+# Of the flows that were recorded for the SDXL script, because they differ there.
+LATER_SDXL = {"highres fix with image, no size", "original size"}
+# Faults of that script alone: --iter_same_seed did nothing, and crashed with several pictures a prompt.
+CURED_SDXL = {"iter_same_seed", "iter_same_seed, two images"}
 # What the original ends with a traceback ends here with one line.
 REFUSED = {"missing file", "network without weights"}
 
@@ -135,6 +138,7 @@ class StubEngine:
             "scale": first.scale,
             "negative_scale": first.negative_scale,
             "strength": first.strength,
+            **(dataclasses.asdict(first.sizes) if first.sizes is not None else {}),
             "clip_prompts": [request.clip_prompt for request in requests],
             "seeds": [request.seed for request in requests],
             "network_calls": list(self.network_calls),
@@ -147,7 +151,9 @@ class StubEngine:
 class Run:
     """One recorded run, done again in `folder`."""
 
-    def __init__(self, case: dict, inputs: dict, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(
+        self, case: dict, inputs: dict, folder: Path, monkeypatch: pytest.MonkeyPatch, script: str = SCRIPT
+    ) -> None:
         self.folder = folder
         for name, content in inputs.items():
             if name.endswith(".txt"):
@@ -157,7 +163,7 @@ class Run:
         argv = [argument.replace("IN/", f"{folder}/") for argument in case["argv"]]
         argv = [str(folder / a) if (folder / a).is_file() and a.startswith("w") else a for a in argv]
         self.options = resolve(
-            build_parser(SCRIPT).parse_args([*argv, "--ckpt", "model", "--outdir", str(folder / "out")]), SCRIPT
+            build_parser(script).parse_args([*argv, "--ckpt", "model", "--outdir", str(folder / "out")]), script
         )
         self.network_calls: list = []
         monkeypatch.setattr(output, "time_stamp", lambda: STAMP)
@@ -181,7 +187,8 @@ class Run:
             dtype=torch.float32,
         )
         engine = StubEngine(networks, self.network_calls)
-        Session(image, engine, lines, rng=random.Random(0), ask=self.ask).run()
+        sizes = size_condition(self.options)
+        Session(image, engine, lines, sizes=sizes, rng=random.Random(0), ask=self.ask).run()
         return engine.calls
 
     def files(self) -> list[list]:
@@ -223,8 +230,9 @@ def base_call(prompt: str) -> dict:
     return {**call, "strength": 0.8}
 
 
-def expected_files(calls: list[dict], sequential: bool) -> list[list]:
+def expected_files(calls: list[dict], sequential: bool, *, sdxl: bool = False) -> list[list]:
     """Files of a run: none overwrites another one (the original's did), each with its own negative prompt."""
+    sizes = [field.name for field in dataclasses.fields(SizeCondition)] if sdxl else []
     files: dict[str, list] = {}
     number = 0
     for call in calls:
@@ -244,6 +252,7 @@ def expected_files(calls: list[dict], sequential: bool) -> list[list]:
                 chunks["negative-scale"] = str(call["negative_scale"])
             if "clip_prompts" in call:
                 chunks["clip-prompt"] = call["clip_prompts"][index]
+            chunks |= {name.replace("_", "-"): str(call.get(name)) for name in sizes}
             chunks |= {"width": str(call["width"]), "height": str(call["height"])}
             name = f"{stem}-{copies}" if copies else stem
             files[name] = [f"{name}.png", [call["width"], call["height"]], chunks]
@@ -257,12 +266,19 @@ def flows(golden: Path) -> dict:
 def test_later_flows_exist(golden: Path) -> None:
     data = flows(golden)
     assert {case["name"] for case in data["sd"]} >= LATER | REFUSED
-    assert all(data[script] for script in LATER_SCRIPTS)
+    assert {case["name"] for case in data["sdxl"]} > LATER_SDXL | CURED_SDXL
 
 
-NAMES = [
-    case["name"] for case in flows(Path(__file__).parent.parent / "golden")["sd"] if case["name"] not in LATER | REFUSED
-]
+RECORDED = flows(Path(__file__).parent.parent / "golden")
+NAMES = [case["name"] for case in RECORDED["sd"] if case["name"] not in LATER | REFUSED]
+OWN_OPTIONS = {"--shuffle_prompts", "--v2", "--v_parameterization"}
+
+
+def sdxl_cases() -> dict[str, dict]:
+    """What the SDXL script was recorded with: its own flows, else those of the other script."""
+    cases = {c["name"]: c for c in RECORDED["sd"] if c["name"] in NAMES and not OWN_OPTIONS & set(c["argv"])}
+    own = {c["name"]: c for c in RECORDED["sdxl"] if c["name"] not in LATER_SDXL | CURED_SDXL}
+    return cases | own
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -276,6 +292,18 @@ def test_flow(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nam
     files = run.files()
     assert files == expected_files(calls, "--sequential_file_name" in case["argv"])
     if case == recorded:
+        assert not [file for file in case["files"] if not was_written(file, files)]
+
+
+@pytest.mark.parametrize("name", sdxl_cases())
+def test_flow_of_the_sdxl_script(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    case = cured(sdxl_cases()[name])
+    run = Run(case, RECORDED["inputs"], tmp_path, monkeypatch, SDXL_SCRIPT)
+    calls = run.draw()
+    assert calls == case["calls"]
+    files = run.files()
+    assert files == expected_files(calls, "--sequential_file_name" in case["argv"], sdxl=True)
+    if name == "sizes split batches":
         assert not [file for file in case["files"] if not was_written(file, files)]
 
 

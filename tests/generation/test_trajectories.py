@@ -20,13 +20,14 @@ from library.models.tokenizers import CLIP_L, OPENCLIP_BIGG, OPENCLIP_H, load_to
 
 # Image to image and inpainting come with those passes.
 LATER_KINDS = {"img", "img0", "img1", "inpaint"}
-# Encoder 2 of SDXL reads hidden state -2 and has pooled text: both come with that family.
-LATER_FAMILIES = {"sdxl_2"}
 TOKENIZERS = {"sd1": CLIP_L, "sd2": OPENCLIP_H, "sdxl_2": OPENCLIP_BIGG}
 
 
 class ToyFamily:
     """The toy encoder of the recorded cases: a sine of token id, position and feature."""
+
+    def __init__(self, name: str) -> None:
+        self.is_sdxl = name == "sdxl_2"
 
     def encode_text(
         self,
@@ -37,6 +38,8 @@ class ToyFamily:
         clip_skip: int | None,
         dtype: None,
     ) -> TextCondition:
+        if self.is_sdxl:
+            return self.encode_sdxl(input_ids[0], tokenizers[0].eos_token_id)
         hidden = []
         for rows in input_ids:
             states = self.last_hidden(rows)
@@ -44,6 +47,14 @@ class ToyFamily:
                 states = states * 0.5 ** (clip_skip - 1) + 0.125
             hidden.append(states.flatten(1, 2))
         return TextCondition(hidden)
+
+    def encode_sdxl(self, rows: torch.Tensor, eos_id: int) -> TextCondition:
+        """Hidden state -2, and the state at the first chunk's first end token, projected."""
+        states = self.last_hidden(rows)
+        position = (rows[:, 0] == eos_id).int().argmax(dim=-1)
+        projection = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 1], [0, 0, 2, 0]])
+        pooled = states[torch.arange(len(rows)), 0, position] @ projection.T
+        return TextCondition([(states * 0.5).flatten(1, 2)], pooled)
 
     @staticmethod
     def last_hidden(rows: torch.Tensor) -> torch.Tensor:
@@ -53,9 +64,9 @@ class ToyFamily:
         return torch.sin(feature * ids + position) + 0.3
 
 
-def toy_text(family: str, texts: Sequence[str], most: int, clip_skip: int | None = None) -> torch.Tensor:
+def toy_text(family: str, texts: Sequence[str], most: int, clip_skip: int | None = None) -> TextCondition:
     reader = PromptReader([load_tokenizer(TOKENIZERS[family])], most)
-    return encode_prompts(ToyFamily(), [], reader, texts, clip_skip=clip_skip).hidden[0]
+    return encode_prompts(ToyFamily(family), [], reader, texts, clip_skip=clip_skip)
 
 
 def close(got: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -67,25 +78,28 @@ class TestWeightedText:
     def test_golden(self, golden: Path) -> None:
         cases = json.loads((golden / "generation_tokens.json").read_text(encoding="utf-8"))["cases"]
         tensors = load_file(golden / "generation_tokens.safetensors")
-        assert {case["family"] for case in cases} >= LATER_FAMILIES
+        assert {case["family"] for case in cases} == set(TOKENIZERS)
         failures = []
         for case in cases:
-            if case["tensors"] is None or case["family"] in LATER_FAMILIES:
+            if case["tensors"] is None:
                 continue
             prompts = [sub for prompt in case["prompts"] for sub in prompt.split(" AND ")]
             negatives = case["negatives"] or []
-            states = toy_text(case["family"], [*prompts, *negatives], case["max_embeddings_multiples"] or 1)
-            if not close(states[: len(prompts)], tensors[f"{case['tensors']}.cond"]):
-                failures.append((case["tensors"], "cond"))
-            if negatives and not close(states[len(prompts) :], tensors[f"{case['tensors']}.uncond"]):
-                failures.append((case["tensors"], "uncond"))
+            text = toy_text(case["family"], [*prompts, *negatives], case["max_embeddings_multiples"] or 1)
+            for states, suffix in ((text.hidden[0], ""), (text.pooled, "_pool")):
+                if states is None:
+                    continue
+                if not close(states[: len(prompts)], tensors[f"{case['tensors']}.cond{suffix}"]):
+                    failures.append((case["tensors"], "cond", suffix))
+                if negatives and not close(states[len(prompts) :], tensors[f"{case['tensors']}.uncond{suffix}"]):
+                    failures.append((case["tensors"], "uncond", suffix))
         assert not failures
 
     @pytest.mark.parametrize("clip_skip", [None, 1, 2, 3])
     @pytest.mark.parametrize(("length", "prompt"), [("short", "a (cat:1.3)"), ("long", " ".join(["cat"] * 80))])
     def test_clip_skip(self, golden: Path, clip_skip: int | None, length: str, prompt: str) -> None:
         tensors = load_file(golden / "generation_tokens.safetensors")
-        states = toy_text("sd1", [prompt, "bad"], 2, clip_skip)
+        states = toy_text("sd1", [prompt, "bad"], 2, clip_skip).hidden[0]
         assert close(states[:1], tensors[f"clip_skip.{clip_skip}.{length}.cond"])
         assert close(states[1:], tensors[f"clip_skip.{clip_skip}.{length}.uncond"])
 
@@ -120,7 +134,7 @@ class TestTrajectories:
 
     def test_context(self, golden: Path) -> None:
         expected = load_file(golden / "generation_samplers.safetensors")["context"]
-        assert close(toy_text("sd1", ["bad", "a (cat:1.2)"], 1), expected)
+        assert close(toy_text("sd1", ["bad", "a (cat:1.2)"], 1).hidden[0], expected)
 
     def test_golden(self, golden: Path) -> None:
         tensors = load_file(golden / "generation_samplers.safetensors")
