@@ -12,6 +12,7 @@ from typing import Any
 # Old module -> names that may be assigned; every one is asked for by a room.
 REPLACEABLE: dict[str, tuple[str, ...]] = {
     "train_util": ("load_tokenizer", "_load_target_model", "get_step_ckpt_name", "conditional_loss"),
+    "sdxl_train_util": ("load_tokenizers", "load_target_model", "_load_target_model"),
     "config_util": ("generate_dataset_group_by_blueprint",),
 }
 # Assigned by programs that run the trainers inside themselves; there is nothing to do about them.
