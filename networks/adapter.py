@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from library.messages import UserError, log
-from networks import files, optimizer_groups
+from networks import files, optimizer_groups, reading
 
 
 def is_linear_or_conv(layer: nn.Module) -> bool:
@@ -239,7 +239,7 @@ class AdapterNetwork(nn.Module):
         Raises:
             UserError: no module of the file belongs to this model, or its tensors have other sizes.
         """
-        weights = self.own_names(files.read_weights(file))
+        weights = self.own_names(reading.read_network(file))
         files.check_match(weights, self.adapters, str(file))
         return self.load_state_dict(weights, strict=False)
 

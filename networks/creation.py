@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from library.messages import UserError, warn_once
-from networks import files, names
+from networks import diffusers_format, files, names, reading
 from networks.blocks import all_weights, block_ranks, layout_of, weights_from_arguments
 
 DEFAULT_DIM = 4
@@ -141,7 +141,9 @@ def create_from_weights(
 def read(file: str | None, weights_sd: Mapping[str, Tensor] | None, unet: nn.Module) -> tuple[dict[str, Tensor], str]:
     """A plain LoRA file's tensors under the names of this U-Net, and what to call the file in messages."""
     source = str(file) if file is not None else "the network"
-    weights = dict(weights_sd) if weights_sd is not None else files.read_weights(str(file))
+    weights = dict(weights_sd) if weights_sd is not None else reading.read_network(str(file))
+    if diffusers_format.is_diffusers(weights):
+        weights = diffusers_format.to_kohya(weights)
     files.refuse_foreign_methods(weights, source)
     return names.convert_if_needed(weights, names.unet_names(unet)), source
 

@@ -22,6 +22,7 @@ from networks.block_functions import (
 )
 from networks.blocks import NUM_OF_BLOCKS, RE_UPDOWN, SDXL, all_weights, get_block_index, layout_of
 from networks.lora_module import LoRAInfModule, LoRAModule
+from networks.names import convert_diffusers_to_sai_if_needed
 from networks.optimizer_groups import Part
 from networks.regions import RegionalNetwork
 
@@ -30,6 +31,7 @@ __all__ = [
     "LoRAInfModule",
     "LoRAModule",
     "LoRANetwork",
+    "convert_diffusers_to_sai_if_needed",
     "create_network",
     "create_network_from_weights",
     "get_block_dims_and_alphas",

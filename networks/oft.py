@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from library.messages import UserError, log, warn_once
-from networks import creation, files, names
+from networks import creation, files, names, reading
 from networks.adapter import AdapterModule, AdapterNetwork, find_layers
 from networks.optimizer_groups import Part
 
@@ -254,7 +254,7 @@ def create_network_from_weights(
         UserError: the file is of another family or method.
     """
     source = str(file) if file is not None else "the network"
-    weights = dict(weights_sd) if weights_sd is not None else files.read_weights(str(file))
+    weights = dict(weights_sd) if weights_sd is not None else reading.read_network(str(file))
     creation.warn_unknown(kwargs, (), "with a file")
     weights = names.convert_if_needed(weights, names.unet_names(unet))
     is_own = re.compile(r"^oft_unet_.*\.oft_blocks$").search

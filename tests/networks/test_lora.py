@@ -452,7 +452,6 @@ REFUSED = {
     "Flux or SD3": foreign("lora_unet_double_blocks_0_img_attn_proj.lora_down.weight"),
     "OFT": foreign("oft_unet_down_blocks_0_attentions_0_proj_in.oft_blocks"),
     "LLLite": foreign("lllite_unet_input_blocks_4_1.down.0.weight"),
-    "diffusers or peft": foreign("unet.down_blocks.0.attentions.0.proj_in.lora_A.weight"),
     "embedding": foreign("emb_params"),
     "whole model": foreign("model.diffusion_model.out.0.weight"),
     "no network": foreign("something"),
