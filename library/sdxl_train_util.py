@@ -9,6 +9,7 @@ _NAMES = """
 """
 NAMES = {name: f"{_MODELS}:{name}" for name in _NAMES.split()} | {
     "add_sdxl_training_arguments": "library.options.groups:add_sdxl_training_arguments",
+    "sample_images": "library.training.classic_samples:sample_images_sdxl",
     "verify_sdxl_training_args": "library.options.sdxl:verify_sdxl_training_args",
 }
 __getattr__, __dir__ = porch(__name__, NAMES)

@@ -58,7 +58,6 @@ LATER: dict[str, dict[str, str]] = {
         "convert_controlnet_state_dict_to_diffusers": CONTROLNET,
     },
     "library.sdxl_train_util": {
-        "sample_images": PASSES,
         "save_sd_model_on_train_end": MODEL_SAVING,
         "save_sd_model_on_epoch_end_or_stepwise": MODEL_SAVING,
     },
@@ -74,15 +73,18 @@ LATER: dict[str, dict[str, str]] = {
     "library.lpw_stable_diffusion": {"preprocess_image": PASSES, "preprocess_mask": PASSES}
     | {"prepare_controlnet_image": CONTROLNET},
     "gen_img_diffusers": {"preprocess_image": PASSES, "preprocess_mask": PASSES},
+    "sdxl_gen_img": {"preprocess_image": PASSES, "preprocess_mask": PASSES},
+    "library.sdxl_lpw_stable_diffusion": {"preprocess_image": PASSES, "preprocess_mask": PASSES}
+    | {"prepare_controlnet_image": CONTROLNET},
 }
 # Attributes of classes that are there already.
 LATER_ATTRIBUTES = {
     ("library.lpw_stable_diffusion", "StableDiffusionLongPromptWeightingPipeline"): {"img2img", "inpaint"},
+    ("library.sdxl_lpw_stable_diffusion", "SdxlStableDiffusionLongPromptWeightingPipeline"): {"img2img", "inpaint"},
     ("networks.lora", "LoRAInfModule"): {"set_region"},
 }
 # Whole modules whose names are not in the table yet.
 LATER_MODULES = {
-    "library.sdxl_lpw_stable_diffusion": SDXL,
     "library.hypernetwork": PASSES,
     "networks.lora_diffusers": SDXL,
     "networks.control_net_lllite": CONTROLNET,

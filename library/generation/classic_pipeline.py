@@ -9,8 +9,9 @@ import torch
 
 from library.diffusion.samplers import set_steps
 from library.generation.denoise import Guidance, denoise
-from library.generation.engine import pictures
+from library.generation.engine import pictures, size_batch
 from library.generation.passes import LATENT_CHANNELS, PIXELS_PER_LATENT
+from library.generation.request import SizeCondition
 from library.generation.text import PromptReader, encode_prompts
 from library.messages import UserError
 from library.models.family import TextCondition, family
@@ -120,8 +121,11 @@ class StableDiffusionLongPromptWeightingPipeline:
         start = self._start(latents, generators, height, width, text.hidden[0].dtype)
         set_steps(self.scheduler, num_inference_steps)
 
+        own, other = SizeCondition().rows(height, width)
+        sizes = size_batch(([other] * len(prompts) if guidance.parts == 2 else []) + [own] * len(prompts), self.device)
+
         def predict(model_input: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-            return self.family.predict(self.unet, model_input, timesteps, text, {})
+            return self.family.predict(self.unet, model_input, timesteps, text, sizes)
 
         def on_step(index: int, timestep: torch.Tensor, current: torch.Tensor) -> bool:
             if callback is not None and index % callback_steps == 0:
@@ -162,6 +166,12 @@ class StableDiffusionLongPromptWeightingPipeline:
         shape = (LATENT_CHANNELS, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
         drawn = [torch.randn(shape, generator=g, device=g.device, dtype=dtype) for g in generators]
         return torch.stack(drawn).to(self.device)
+
+
+class SdxlStableDiffusionLongPromptWeightingPipeline(StableDiffusionLongPromptWeightingPipeline):
+    """The same for SDXL: `text_encoder` and `tokenizer` are lists of two; sizes are the picture's own, uncropped."""
+
+    family_name = "sdxl"
 
 
 def get_weighted_text_embeddings(

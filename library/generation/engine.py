@@ -169,14 +169,19 @@ class Engine:
         own, other = [side[0] for side in sides], [side[1] for side in sides]
         count = guidance_of(requests[0]).parts
         rows = own if count == 1 else [row for part in (other, own, other)[:count] for row in part]
-        table = torch.tensor(rows, device=self.device)
-        return {"original_sizes_hw": table[:, 0:2], "crop_top_lefts": table[:, 2:4], "target_sizes_hw": table[:, 4:6]}
+        return size_batch(rows, self.device)
 
 
 def _texts(request: ImageRequest) -> list[str]:
     if guidance_of(request).parts == 1:
         return [request.prompt]
     return [request.prompt, request.negative_prompt]
+
+
+def size_batch(rows: Sequence[Sequence[int]], device: str | torch.device) -> Batch:
+    """Rows of `SizeCondition.rows` in the form that families read sizes from."""
+    table = torch.tensor(rows, device=device)
+    return {"original_sizes_hw": table[:, 0:2], "crop_top_lefts": table[:, 2:4], "target_sizes_hw": table[:, 4:6]}
 
 
 def vae_slice(batch: int, wanted: float | None) -> int:

@@ -6,7 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from library.generation.classic_pipeline import StableDiffusionLongPromptWeightingPipeline
+from library.generation.classic_pipeline import (
+    SdxlStableDiffusionLongPromptWeightingPipeline,
+    StableDiffusionLongPromptWeightingPipeline,
+)
 from library.generation.sampling import SamplePrompt, draw_samples, read_prompts, sample_prompt
 from library.messages import UserError, log
 from library.models.family import LoadedModel, family
@@ -17,6 +20,11 @@ from library.training.samples import is_due
 def sample_images(*args: Any, **kwargs: Any) -> None:
     """`sample_images_common` for SD 1.x and 2.x."""
     sample_images_common(StableDiffusionLongPromptWeightingPipeline, *args, **kwargs)
+
+
+def sample_images_sdxl(*args: Any, **kwargs: Any) -> None:
+    """`sample_images_common` for SDXL; tokenizer and text encoder are lists of two."""
+    sample_images_common(SdxlStableDiffusionLongPromptWeightingPipeline, *args, **kwargs)
 
 
 def sample_images_common(
