@@ -17,7 +17,7 @@ from library.data.records import DatasetSettings, SubsetSettings
 from library.options.parser import build_parser
 from library.options.registries import LOSSES, NETWORKS, OPTIMIZERS, SAMPLERS, SCHEDULES
 from library.options.scripts import SCRIPTS
-from library.prompts.line_options import PICTURE_ITEMS, SAMPLE_ITEMS
+from library.prompts.line_options import PICTURE_ITEMS, SAMPLE_ITEMS, SIZE_CONDITION_ITEMS
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -48,7 +48,7 @@ def fences(path: Path, language: str) -> list[str]:
 def known_flags() -> frozenset[str]:
     """Options of the scripts, of prompt lines, and of the small programs of the repository."""
     flags = {flag for script in SCRIPTS for action in build_parser(script)._actions for flag in action.option_strings}
-    flags |= {f"--{item.name}" for item in (*PICTURE_ITEMS, *SAMPLE_ITEMS)}
+    flags |= {f"--{item.name}" for item in (*PICTURE_ITEMS, *SAMPLE_ITEMS, *SIZE_CONDITION_ITEMS)}
     programs = [ROOT / "quickstart.py", *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "examples").rglob("*.py")]
     for program in programs:
         flags |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', program.read_text(encoding="utf-8")))
