@@ -147,7 +147,7 @@ def quantile_of(values: Tensor, quantile: float) -> float:
 
 def index_sv_ratio(S: Tensor, target: float) -> int:
     """Number of singular values above the largest divided by `target`, within 1 and n - 1."""
-    return _clamped(int((S > S[0] / target).sum()), S)
+    return _clamped(int((S[0] / target < S).sum()), S)
 
 
 def index_sv_cumulative(S: Tensor, target: float) -> int:
@@ -238,25 +238,6 @@ def stacked(terms: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tens
     """One pair of matrices for a sum of updates: (up, down, factor) ... -> (out, sum of r), (sum of r, in)."""
     ups = [matrix(up) * factor for up, _, factor in terms]
     return torch.cat(ups, 1), torch.cat([matrix(down) for _, down, _ in terms], 0)
-
-
-# Orthogonal networks
-
-
-def oft_rotation(blocks: Tensor, constraint: float) -> Tensor:
-    """Rotations (n, b, b) of the blocks of an OFT module; `constraint` bounds the norm of their generator."""
-    blocks = blocks.detach().float()
-    skew = blocks - blocks.mT
-    norm = skew.norm()
-    skew = skew * ((norm.clamp(max=constraint) + 1e-8) / (norm + 1e-8))
-    eye = torch.eye(blocks.shape[-1], device=blocks.device).expand_as(skew)
-    return (eye + skew) @ torch.linalg.inv(eye - skew)
-
-
-def rotate(weight: Tensor, rotation: Tensor) -> Tensor:
-    """`R^T W` over the output rows, block by block: weight (out, ...), rotation (n, b, b)."""
-    rows = matrix(weight).view(*rotation.shape[:2], -1)
-    return (rotation.mT @ rows).view(weight.shape)
 
 
 # Splitting a network of many ranks

@@ -30,7 +30,6 @@ TABLE: dict[str, dict[str, dict[str, Any]]] = json.loads(
 )
 
 FINE_TUNING = "data sets of metadata files and ControlNet pairs"
-SDXL = "SDXL"
 MODEL_SAVING = "training scripts that save whole models"
 CONTROLNET = "ControlNet"
 PASSES = "picture passes besides text to image"
@@ -86,7 +85,6 @@ LATER_ATTRIBUTES = {
 # Whole modules whose names are not in the table yet.
 LATER_MODULES = {
     "library.hypernetwork": PASSES,
-    "networks.lora_diffusers": SDXL,
     "networks.control_net_lllite": CONTROLNET,
     "tools.original_control_net": CONTROLNET,
 }

@@ -28,6 +28,15 @@ from library.options.metadata import MetadataConfig
 from library.options.minimal import MinimalConfig
 from library.options.model import ModelConfig
 from library.options.network import NetworkConfig
+from library.options.network_tools import (
+    NetworkCheckConfig,
+    NetworkDemoConfig,
+    NetworkExtractConfig,
+    NetworkInterrogateConfig,
+    NetworkMergeConfig,
+    NetworkResizeConfig,
+    NetworkSplitConfig,
+)
 from library.options.objective import ObjectiveConfig
 from library.options.optimizer import OptimizerConfig
 from library.options.precision import PrecisionConfig
@@ -55,6 +64,13 @@ CONCERNS: dict[str, type] = {
     "console": ConsoleConfig,
     "hub": HubConfig,
     "distributed": DistributedConfig,
+    "network_merge": NetworkMergeConfig,
+    "network_extract": NetworkExtractConfig,
+    "network_resize": NetworkResizeConfig,
+    "network_split": NetworkSplitConfig,
+    "network_check": NetworkCheckConfig,
+    "network_interrogate": NetworkInterrogateConfig,
+    "network_demo": NetworkDemoConfig,
     "image": ImageConfig,
     "image_model": ImageModelConfig,
     "image_passes": ImagePassesConfig,
@@ -113,8 +129,67 @@ _TRAINING = (
     "hub",
     "distributed",
 )
+# Tools show messages as they come.
+_NO_CONSOLE = ("console_log_level", "console_log_file", "console_log_simple")
+_BY_SVD = ("new_rank", "new_conv_rank", "device", "lbws")
+
+
+def _tool(summary: str, concern: str, required: tuple[str, ...], absent: tuple[str, ...] = ()) -> Script:
+    return Script(
+        summary=summary,
+        concerns=(concern, "console"),
+        absent=frozenset((*_NO_CONSOLE, *absent)),
+        required=required,
+    )
+
+
+NETWORK_TOOLS: dict[str, Script] = {
+    "networks/check_lora_weights.py": _tool("List the tensors of a LoRA file.", "network_check", ("file",)),
+    "networks/extract_lora_from_dylora.py": _tool(
+        "Cut a DyLoRA file into LoRA files of lower ranks.", "network_split", ("model", "unit", "save_to")
+    ),
+    "networks/extract_lora_from_models.py": _tool(
+        "Extract a LoRA file from the difference of two models.",
+        "network_extract",
+        ("model_org", "model_tuned", "save_to"),
+    ),
+    "networks/lora_diffusers.py": _tool(
+        "Draw pictures of a diffusers pipeline with and without a LoRA file.",
+        "network_demo",
+        ("model_id", "lora_weights"),
+    ),
+    "networks/lora_interrogator.py": _tool(
+        "Show the tokens on which a LoRA file has the largest effect.", "network_interrogate", ("sd_model", "model")
+    ),
+    "networks/merge_lora.py": _tool(
+        "Merge LoRA files with each other or into an SD 1.x or 2.x model.",
+        "network_merge",
+        ("models", "ratios", "save_to"),
+        _BY_SVD,
+    ),
+    "networks/merge_lora_old.py": _tool(
+        "Merge LoRA files as the first releases did: linear layers and 1x1 convolutions only.",
+        "network_merge",
+        ("models", "ratios", "save_to"),
+        (*_BY_SVD, "no_metadata", "concat", "shuffle"),
+    ),
+    "networks/resize_lora.py": _tool("Change the rank of a LoRA file.", "network_resize", ("model", "save_to")),
+    "networks/sdxl_merge_lora.py": _tool(
+        "Merge LoRA files with each other or, like OFT files, into an SDXL model.",
+        "network_merge",
+        ("models", "ratios", "save_to"),
+        (*(name for name in _BY_SVD if name != "lbws"), "v2"),
+    ),
+    "networks/svd_merge_lora.py": _tool(
+        "Merge LoRA files of any ranks by the sum of their updates.",
+        "network_merge",
+        ("models", "ratios", "save_to"),
+        ("v2", "sd_model", "concat", "shuffle"),
+    ),
+}
 
 SCRIPTS: dict[str, Script] = {
+    **NETWORK_TOOLS,
     "train_network.py": Script(
         summary="Train a network (LoRA and its relatives) on a Stable Diffusion 1.x or 2.x model.",
         concerns=(*_TRAINING, "network"),

@@ -77,7 +77,7 @@ def test_every_option_is_read_or_refused(script: str) -> None:
         for option in find_script(script).options()
         if not is_read(option.dest)
         and option.dest not in OF_THE_PARSER | NOTHING_TO_DO | METADATA_ONLY | refused(script)
-        and not any(re.fullmatch(pattern, option.dest) for pattern in TUNING[script])
+        and not any(re.fullmatch(pattern, option.dest) for pattern in TUNING.get(script, ()))
         and not option.dest.startswith("metadata_")
     ]
     assert not ignored
