@@ -31,7 +31,7 @@ from library.models.saving import (
 )
 from library.models.sdxl_loading import LOGIT_SCALE, sdxl_unet_key_map
 from library.models.text_encoders import saved_text_config, text_state_dict
-from library.models.tokenizers import CLIP_L, OPENCLIP_BIGG
+from library.models.tokenizers import CLIP_L, SDXL_FOLDER
 
 # What the second text encoder was published with: ln 100.
 DEFAULT_LOGIT_SCALE = math.log(100)
@@ -149,7 +149,7 @@ def save_folder(
         parts,
         index=MODEL_INDEX,
         scheduler=scheduler_config(model, "EulerDiscreteScheduler"),
-        tokenizers={"tokenizer": CLIP_L, "tokenizer_2": OPENCLIP_BIGG},
+        tokenizers={"tokenizer": CLIP_L, "tokenizer_2": SDXL_FOLDER},
         safetensors=safetensors,
         dtype=dtype,
     )

@@ -47,6 +47,8 @@ class TokenizerKind:
 CLIP_L = TokenizerKind("openai/clip-vit-large-patch14", EOS, 49407)
 OPENCLIP_H = TokenizerKind("stabilityai/stable-diffusion-2", "!", 0, subfolder="tokenizer")
 OPENCLIP_BIGG = TokenizerKind("laion/CLIP-ViT-bigG-14-laion2B-39B-b160k", EOS, 0)
+# What SDXL's diffusers folders hold: the same padding without a change after loading.
+SDXL_FOLDER = TokenizerKind("stabilityai/stable-diffusion-xl-base-1.0", "!", 0, subfolder="tokenizer_2")
 
 
 @functools.cache

@@ -40,7 +40,7 @@ def ruled_tensor(key: str, shape: list[int]) -> torch.Tensor:
 
 @pytest.fixture(scope="session")
 def ruled_model(golden: Path, shared_folder: Path):
-    """`sd1`, `sd2` -> path of the small model's Stability file, its tensors checked against the recorded sums."""
+    """`sd1`, `sd2`, `sdxl` -> path of the small model's Stability file, tensors checked against recorded sums."""
     recorded = json.loads(gzip.decompress((golden / "models_tiny_keys.json.gz").read_bytes()))["models"]
 
     def make(name: str) -> Path:
