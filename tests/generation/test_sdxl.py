@@ -240,3 +240,24 @@ def test_pipeline_draws_what_was_recorded(model: LoadedModel, reference: Path) -
     torch.testing.assert_close(latents, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
     assert pipe.latents_to_image(latents)[0].size == (64, 64)
     assert pictures(engine(model).decode(latents))[0].tobytes() == pipe.latents_to_image(latents)[0].tobytes()
+
+
+def test_draws_what_diffusers_draws(model: LoadedModel, tmp_path: Path) -> None:
+    """A whole picture with guidance and sizes, from the same noise: text, vector, sampler and all."""
+    from diffusers import StableDiffusionXLPipeline
+
+    FAMILY.save(model, tmp_path / "m", stability_layout=False)
+    pipe = StableDiffusionXLPipeline.from_pretrained(str(tmp_path / "m"), local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = make_sampler("ddim")
+    sizes = SizeCondition(original_height=256, original_width=320, original_height_negative=96, crop_top=8)
+    asked = request(negative_prompt="blurry", sizes=sizes, sampler="ddim", height=96, steps=3)
+    noise = torch.randn(1, 4, 12, 8, generator=torch.Generator().manual_seed(asked.seed))
+    theirs = pipe(
+        asked.prompt, negative_prompt="blurry", height=96, width=64, num_inference_steps=3, guidance_scale=4.0,
+        latents=noise, original_size=(256, 320), crops_coords_top_left=(8, 0), target_size=(96, 64),
+        negative_original_size=(96, 320), negative_crops_coords_top_left=(8, 0), negative_target_size=(96, 64),
+        output_type="latent",
+    ).images  # fmt: skip
+    ours = engine(model).latents([asked])
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4 * theirs.abs().max().item())
