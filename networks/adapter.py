@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from library.messages import UserError, log
-from networks import files, optimizer_groups, reading
+from networks import clients, files, optimizer_groups, reading
 
 
 def is_linear_or_conv(layer: nn.Module) -> bool:
@@ -122,6 +122,7 @@ class AdapterNetwork(nn.Module):
         self.text_encoder_loras: list[Any] = []
         self.unet_loras: list[Any] = []
         self._frozen: list[nn.Module] = []
+        self._said_clients = False
 
     @property
     def adapters(self) -> list[Any]:
@@ -251,7 +252,11 @@ class AdapterNetwork(nn.Module):
             dtype: of every tensor, alphas included; None = as they are.
             metadata: texts for the header.
         """
-        files.write_weights(self.file_state(), file, dtype, metadata)
+        state = self.file_state()
+        files.write_weights(state, file, dtype, metadata)
+        if not self._said_clients:
+            self._said_clients = True
+            log.info("%s", clients.line(state))
 
     def file_state(self) -> dict[str, Tensor]:
         """The adapters' tensors in the shapes that files have.

@@ -22,6 +22,7 @@ Family = Literal["sd", "sdxl"]
 _PREFIX = re.compile(r"^((?:lora|oft)_unet_)")
 _STABILITY = re.compile(r"^(?:(?:lora|oft)_unet_)?(?:input_blocks|middle_block|output_blocks|label_emb|time_embed)_\d")
 _DIFFUSERS = re.compile(r"^(?:(?:lora|oft)_unet_)?(?:down_blocks_|up_blocks_|mid_block_|(?:time|add)_embedding_)")
+_DEEP = re.compile(r"^oft_unet_.*_transformer_blocks_[1-9]")  # only SDXL stacks transformer blocks
 # Parts of module paths that have underscores of their own.
 _WORDS = {
     *("down_blocks", "up_blocks", "mid_block", "transformer_blocks", "input_blocks", "middle_block", "output_blocks"),
@@ -63,7 +64,7 @@ def convert_if_needed(weights: Mapping[str, Tensor], own_names: Iterable[str]) -
     Args:
         own_names: names or paths of the U-Net's modules, with underscores.
     """
-    own, is_for_sdxl = style_of(own_names), "SDXL" in kind_of(weights)
+    own, is_for_sdxl = style_of(own_names), "SDXL" in kind_of(weights) or any(_DEEP.search(key) for key in weights)
     has_other = own is not None and any(style_of((key,)) not in (own, None) for key in weights)
     if not has_other or is_for_sdxl != (own == "stability"):
         return dict(weights)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from library.options.additions import LATER, OWN, SEVERAL, WIDER
+from library.options.additions import LATER, OWN, OWN_SCRIPTS, SEVERAL, WIDER
 from library.options.parser import build_parser
 from library.options.scripts import SCRIPTS
 
@@ -99,7 +99,8 @@ def test_every_script_is_there_or_listed() -> None:
     root = Path(__file__).parent.parent
     wrong = [s for s in ORIGINAL if (root / s).exists() == (s in TO_COME)]
     assert not wrong, f"there but listed as to come, or neither: {wrong}"
-    assert set(SCRIPTS) <= set(ORIGINAL) | set(SUCCESSORS)
+    assert set(SCRIPTS) <= set(ORIGINAL) | set(SUCCESSORS) | OWN_SCRIPTS
+    assert all((root / script).is_file() for script in OWN_SCRIPTS)
 
 
 @pytest.mark.parametrize("script", PRESENT)

@@ -14,6 +14,9 @@ OWN: dict[str, str] = {
     "on_bad_image": "one broken picture need not stop a run",
 }
 
+# Scripts of this project that the original and its later releases do not have.
+OWN_SCRIPTS: frozenset[str] = frozenset({"networks/convert_lora.py"})
+
 # Of sd-scripts 0.7.1 to 0.10.1, in every script that has the concern.
 LATER: frozenset[str] = frozenset(
     {

@@ -28,6 +28,7 @@ from library.options.metadata import MetadataConfig
 from library.options.minimal import MinimalConfig
 from library.options.model import ModelConfig
 from library.options.network import NetworkConfig
+from library.options.network_convert import NetworkConvertConfig
 from library.options.network_tools import (
     NetworkCheckConfig,
     NetworkDemoConfig,
@@ -76,6 +77,7 @@ CONCERNS: dict[str, type] = {
     "image_passes": ImagePassesConfig,
     "image_sizes": ImageSizesConfig,
     "minimal": MinimalConfig,
+    "network_convert": NetworkConvertConfig,
 }
 
 
@@ -233,6 +235,12 @@ SCRIPTS: dict[str, Script] = {
         absent=frozenset({"console_log_level", "console_log_file", "console_log_simple"}),
         required=("ckpt_path",),
         family="sdxl",
+    ),
+    "networks/convert_lora.py": Script(
+        summary="Convert a LoRA file between the names of this program, of diffusers and of peft.",
+        concerns=("network_convert", "console"),
+        absent=frozenset({"console_log_level", "console_log_file", "console_log_simple"}),
+        required=("model", "save_to"),
     ),
 }
 
