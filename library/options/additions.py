@@ -11,6 +11,7 @@ OWN: dict[str, str] = {
     "dump_schema": "front ends build their forms from it",
     "dry_run": "the effective settings without a run",
     "gradient_checkpointing_interval": "a choice between all blocks and none",
+    "json": "output of the model tools for other programs",
     "on_bad_image": "one broken picture need not stop a run",
 }
 

@@ -27,6 +27,7 @@ from library.options.loop import LoopConfig
 from library.options.metadata import MetadataConfig
 from library.options.minimal import MinimalConfig
 from library.options.model import ModelConfig
+from library.options.model_tools import ModelMergeConfig, ModelMetadataConfig
 from library.options.network import NetworkConfig
 from library.options.network_convert import NetworkConvertConfig
 from library.options.network_tools import (
@@ -72,6 +73,8 @@ CONCERNS: dict[str, type] = {
     "network_check": NetworkCheckConfig,
     "network_interrogate": NetworkInterrogateConfig,
     "network_demo": NetworkDemoConfig,
+    "model_merge": ModelMergeConfig,
+    "model_metadata": ModelMetadataConfig,
     "image": ImageConfig,
     "image_model": ImageModelConfig,
     "image_passes": ImagePassesConfig,
@@ -190,8 +193,16 @@ NETWORK_TOOLS: dict[str, Script] = {
     ),
 }
 
+MODEL_TOOLS: dict[str, Script] = {
+    "tools/merge_models.py": _tool(
+        "Merge models of one family by a weighted sum.", "model_merge", ("models", "output")
+    ),
+    "tools/show_metadata.py": _tool("Show the metadata of a safetensors file.", "model_metadata", ("model",)),
+}
+
 SCRIPTS: dict[str, Script] = {
     **NETWORK_TOOLS,
+    **MODEL_TOOLS,
     "train_network.py": Script(
         summary="Train a network (LoRA and its relatives) on a Stable Diffusion 1.x or 2.x model.",
         concerns=(*_TRAINING, "network"),

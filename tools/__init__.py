@@ -1,0 +1,1 @@
+"""Tools on model files and pictures; each script is started by its path."""
