@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from library.generation.classic_pipeline import (
     SdxlStableDiffusionLongPromptWeightingPipeline,
     StableDiffusionLongPromptWeightingPipeline,
 )
-from library.generation.sampling import SamplePrompt, draw_samples, read_prompts, sample_prompt
+from library.generation.sampling import SamplePrompt, draw_samples, read_prompts
 from library.messages import UserError, log
 from library.models.family import LoadedModel, family
+from library.prompts.line_options import SAMPLE_ITEMS, parse_line
 from library.runtime.precision import weight_dtype
 from library.training.samples import is_due
 
@@ -87,13 +89,18 @@ def load_prompts(prompt_file: str) -> list[dict[str, Any]]:
 
 
 def line_to_prompt_dict(line: str) -> dict[str, Any]:
-    """A prompt line (`a cat --w 512 --d 7`) as a table with the keys of a prompt file's objects."""
-    return _table(sample_prompt(line))
+    """A prompt line (`a cat --w 512 --d 7`) as a table of what it says, with the keys of a prompt file's objects."""
+    parsed = parse_line(line, SAMPLE_ITEMS)
+    return {"prompt": parsed.prompt, **_renamed(parsed.values)}
 
 
 def _table(prompt: SamplePrompt) -> dict[str, Any]:
+    return {k: v for k, v in _renamed(dataclasses.asdict(prompt)).items() if v is not None}
+
+
+def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
     names = {"steps": "sample_steps", "sampler": "sample_sampler", "control_image": "controlnet_image"}
-    return {names.get(k, k): v for k, v in dataclasses.asdict(prompt).items() if v is not None}
+    return {names.get(key, key): value for key, value in values.items()}
 
 
 def _replaced(prompt: SamplePrompt, replacement: tuple[str, str] | None) -> SamplePrompt:

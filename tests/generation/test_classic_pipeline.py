@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from library.diffusion.samplers import make_sampler
 from library.lpw_stable_diffusion import StableDiffusionLongPromptWeightingPipeline, get_weighted_text_embeddings
 from library.messages import UserError
 from library.models.family import LoadedModel, family
-from library.train_util import load_prompts, sample_images
+from library.train_util import line_to_prompt_dict, load_prompts, sample_images
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +118,12 @@ def test_sliced_vae_under_its_old_name() -> None:
     vae = SlicingAutoencoderKL(block_out_channels=(32,), num_slices=3)
     images = vae.decode(torch.randn(1, 4, 8, 8)).sample
     assert images.shape == (1, 3, 8, 8)
+
+
+def test_recorded_prompt_lines(golden: Path) -> None:
+    """The original reads a prompt that looks like an option (`s 5`) as one; here the prompt stays a prompt."""
+    cured = {"s 5 --l a": {"prompt": "s 5"}}
+    cases = json.loads((golden / "training_later.json").read_text(encoding="utf-8"))["prompt_lines"]
+    assert {case["line"] for case in cases} > cured.keys()
+    for case in cases:
+        assert line_to_prompt_dict(case["line"]) == cured.get(case["line"], case["result"])
