@@ -118,8 +118,6 @@ def command(name):
     """Arguments of a recorded run that this script has."""
     text = RUNS["step_save" if name == "step_last" else name]["command"].partition("   (")[0]
     argv = shlex.split(text)[2:]
-    if name == "sdxl":
-        argv.remove("--cache_text_encoder_outputs")  # an option of the SDXL script that no text depends on
     if name == "finetuning":
         argv[argv.index("--in_json") : argv.index("--in_json") + 4] = []
     return [*argv, "--output_dir", "out"]
@@ -141,8 +139,9 @@ def datasets(name, options):
 
 def written(name):
     """What our file of this run says."""
-    namespace = parse("train_network.py", command(name))
-    options = resolve(namespace, "train_network.py")
+    script = "sdxl_train_network.py" if name == "sdxl" else "train_network.py"
+    namespace = parse(script, command(name))
+    options = resolve(namespace, script)
     built = make_optimizer([torch.nn.Parameter(torch.ones(2, 2))], options.optimizer)
     effective = built.effective_config
     options = options.replace(learning_rate=effective.learning_rate, lr_scheduler=effective.lr_scheduler)
