@@ -61,8 +61,11 @@ def _download(repository: str, parts: Sequence[str], what: str) -> Path:
     try:
         try:
             files = set(HfApi().list_repo_files(repository))
-        except Exception:  # no network: what an earlier download left in the cache is good enough
-            return Path(snapshot_download(repository, local_files_only=True))
+        except Exception as unreachable:  # no network: what an earlier download left in the cache is good enough
+            try:
+                return Path(snapshot_download(repository, local_files_only=True))
+            except Exception:
+                raise unreachable from None
         wanted = {name for name in files if name.endswith(".json") and name.count("/") <= 1}
         for prefix in ("", *(f"{part}/" for part in parts)):
             chosen = choose_weights({n.removeprefix(prefix) for n in files if n.startswith(prefix)})

@@ -15,7 +15,7 @@ from torch import nn
 from library.messages import UserError
 from library.models import key_maps
 from library.models.assembly import fill, shapes_of
-from library.models.dimensions import TextDimensions
+from library.models.dimensions import openclip_dimensions
 from library.models.family import LoadedModel
 from library.models.folders import resolve_folder
 from library.models.sdxl import LATENT_SCALE, VERSION, StableDiffusionXL
@@ -188,11 +188,10 @@ def convert_sdxl_text_encoder_2_checkpoint(
         max_length: positions; not read, the file has them.
     """
     prefix = key_maps.SDXL_OPENCLIP_PREFIX
-    layers = len({key.split(".")[5] for key in checkpoint if key.startswith(prefix + "transformer.resblocks.")})
-    width = checkpoint[prefix + "ln_final.weight"].shape[0]
-    names = empty_text_encoder(text_config(TextDimensions(width, layers, 4 * width, 1), PROJECTING)).state_dict()
+    dimensions = openclip_dimensions({k: tuple(v.shape) for k, v in checkpoint.items()}, prefix, unused_layers=0)
+    names = empty_text_encoder(text_config(dimensions, PROJECTING)).state_dict()
     state: State = {}
-    for entry in key_maps.openclip_entries(dict.fromkeys(names, ()), layers=layers, prefix=prefix):
+    for entry in key_maps.openclip_entries(dict.fromkeys(names, ()), layers=dimensions.layers, prefix=prefix):
         state.update(entry.to_module(checkpoint[entry.file_key]))
     return state, checkpoint.get(LOGIT_SCALE)
 
