@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import types
 from pathlib import Path
@@ -134,3 +135,45 @@ def test_metadata_are_shown(lora: str, caplog: pytest.LogCaptureFixture, monkeyp
     with caplog.at_level("INFO", "toolkit"):
         show_metadata(network_specs(["networks.lora"], [lora], None, None))
     assert "ss_network_dim: 2" in caplog.text
+
+
+METHODS = {
+    "networks.lora": {},
+    "networks.lora_fa": {},
+    "networks.dylora": {},
+    "networks.oft": {"enable_all_linear": "true"},
+}
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_method_draws(method: str, name: str, tiny_sd15: Path, tiny_sdxl: Path, tmp_path: Path) -> None:
+    """A file of each method changes the picture, alike when applied, merged and pre-calculated."""
+    source = tiny_sdxl if name == "sdxl" else tiny_sd15
+    module, file = importlib.import_module(method), tmp_path / "network.safetensors"
+
+    def model() -> LoadedModel:
+        return family(name).load(source)
+
+    def drawn(**options: object) -> torch.Tensor:
+        fresh = model()
+        specs = network_specs([method], [str(file)], [0.7], None) if options.pop("with_network", True) else []
+        networks = load_networks(specs, fresh, dtype=torch.float32, **options) if specs else Networks()
+        request = ImageRequest(prompt="a red circle", width=64, height=64, steps=2, seed=7)
+        return Engine(family(name), fresh, sampler="euler", networks=networks).latents([request])
+
+    made = model()
+    encoders = made.text_encoders if name == "sdxl" else made.text_encoders[0]
+    network = module.create_network(1.0, 4, 4.0, None, encoders, made.unet, **METHODS[method])
+    network.apply_to(encoders, made.unet, True, True)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    network.save_weights(str(file), None, {})
+
+    plain, applied = drawn(with_network=False), drawn()
+    limit = 1e-3 * applied.abs().max().item()
+    assert (applied - plain).abs().max() > 10 * limit
+    torch.testing.assert_close(drawn(merge_first=1), applied, rtol=0, atol=limit)
+    torch.testing.assert_close(drawn(pre_calculate=True), applied, rtol=0, atol=limit)
