@@ -316,3 +316,26 @@ def test_the_same_at_every_step_without_a_cache() -> None:
     encode = LatentEncoder(vae, lambda latents: latents * 0.13025, Draws(0, device), device)
     latents = encode({"images": torch.zeros(2, 3, 16, 16), "image_keys": ["a", "b"]}, Place(1, 0, 0))
     assert torch.equal(latents, torch.full((2, 4, 2, 2), 0.13025)) and vae.dtype == torch.float16
+
+
+def test_checkpointing_and_lowram_change_nothing(train_sdxl) -> None:
+    plain = weights(train_sdxl(output="plain", steps=2))
+    for number, options in enumerate([("--gradient_checkpointing",), ("--lowram",)]):
+        other = weights(train_sdxl(*options, output=f"o{number}", steps=2))
+        apart = torch.cat([(other[key] - plain[key]).abs().flatten() for key in plain])
+        assert (apart < 2e-5).float().mean() > 0.998
+        assert parts(other) == {"te1": True, "te2": True, "unet": True}
+
+
+def test_text_in_the_weight_dtype(train_sdxl) -> None:
+    """Under mixed precision cached text has its format, in memory and on its way to the U-Net."""
+    seen = []
+
+    class Watching(SdxlNetworkTrainer):
+        def call_unet(self, args, accelerator, unet, noisy_latents, timesteps, text_conds, batch, weight_dtype):
+            seen.append({tensor.dtype for tensor in text_conds})
+            assert batch["text_encoder_outputs1_list"].dtype == torch.bfloat16
+            return super().call_unet(args, accelerator, unet, noisy_latents, timesteps, text_conds, batch, weight_dtype)
+
+    train_sdxl(*MEMORY, "--mixed_precision", "bf16", trainer=Watching(), steps=1)
+    assert seen == [{torch.bfloat16}]
