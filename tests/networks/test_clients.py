@@ -277,3 +277,12 @@ def test_lycoris_reads_our_files(tmp_path: Path) -> None:
     theirs.eval()
     with torch.no_grad():
         torch.testing.assert_close(predict(unet), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_page_has_the_table() -> None:
+    """docs/networks.md shows what the table says."""
+    page = (Path(__file__).parents[2] / "docs" / "networks.md").read_text(encoding="utf-8")
+    words = {"loads": "yes", "no": "no"}
+    for kind in clients.ALL_KINDS:
+        cells = [words.get(kind.verdict(c), f"partly: {kind.partly.get(c)}") for c in clients.CLIENTS]
+        assert (f"| {kind.name} | {' | '.join(cells)} |" in page) == (kind is not clients.UNKNOWN), kind.name
