@@ -27,7 +27,9 @@ def _scripts() -> str:
     lines = ["| script | groups of options | must be given |", "|---|---|---|"]
     for name, script in SCRIPTS.items():
         groups = ", ".join(f"[{c.replace('_', ' ')}](#{c.replace('_', '-')})" for c in script.concerns)
-        lines.append(f"| `{name}` | {groups} | {', '.join(f'`--{r}`' for r in script.required)} |")
+        flags = {option.dest: option.flag for option in script.options()}
+        required = ", ".join(f"`{flags[r]}`" for r in script.required)
+        lines.append(f"| `{name}` | {groups} | {required} |")
     return "\n".join(lines)
 
 
