@@ -130,7 +130,7 @@ def cache_text_outputs(
             )
         for dataset, index in task.users:
             dataset.items[index].text_npz = task.file
-    log.info("%s", report)
+    log.info("%s%s", report, f" (process {rank + 1} of {processes})" if processes > 1 else "")
     return report
 
 

@@ -51,6 +51,9 @@ def test_sdxl_text_cache_on_disk_switches_the_cache_on() -> None:
 
 
 def test_sdxl_options_without_effect() -> None:
+    cached = "--cache_text_encoder_outputs --network_train_unet_only --skip_cache_check"
+    resolved = sdxl_options(f"{cached} --caption_dropout_every_n_epochs 2")
+    assert {name for name, _ in without_effect(resolved)} == {"caption_dropout_every_n_epochs"}
     resolved = sdxl_options("--clip_skip 2 --disable_mmap_load_safetensors --v_parameterization")
     assert {name for name, _ in without_effect(resolved)} == {"clip_skip", "disable_mmap_load_safetensors"}
     assert "SDXL, velocity" in "\n".join(describe(resolved))

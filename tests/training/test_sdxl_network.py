@@ -50,6 +50,8 @@ def test_one_step_trains_both_encoders_and_logs_their_rates(train_sdxl, tmp_path
     assert parts(weights(out)) == {"te1": True, "te2": False, "unet": True}
     assert trainer.run.log.group_names == ["textencoder 1", "unet"]
     assert [group["lr"] for group in trainer.run.optimizer.param_groups] == [2e-3, 1e-3]
+    with safe_open(out / "x.safetensors", "pt") as file:
+        assert file.metadata()["ss_text_encoder_lr"] == "[0.002, 0.0]"
 
 
 def test_as_many_rates_as_text_encoders(train_sdxl) -> None:
