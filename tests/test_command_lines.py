@@ -34,7 +34,6 @@ TO_COME = {
     "tools/cache_latents.py",
     "tools/cache_text_encoder_outputs.py",
     "tools/canny.py",
-    "tools/convert_diffusers20_original_sd.py",
     "tools/detect_face_rotate.py",
     "tools/latent_upscaler.py",
     "tools/resize_images_to_resolution.py",

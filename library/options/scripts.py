@@ -27,7 +27,7 @@ from library.options.loop import LoopConfig
 from library.options.metadata import MetadataConfig
 from library.options.minimal import MinimalConfig
 from library.options.model import ModelConfig
-from library.options.model_tools import ModelMergeConfig, ModelMetadataConfig
+from library.options.model_tools import ModelConvertConfig, ModelMergeConfig, ModelMetadataConfig
 from library.options.network import NetworkConfig
 from library.options.network_convert import NetworkConvertConfig
 from library.options.network_tools import (
@@ -73,6 +73,7 @@ CONCERNS: dict[str, type] = {
     "network_check": NetworkCheckConfig,
     "network_interrogate": NetworkInterrogateConfig,
     "network_demo": NetworkDemoConfig,
+    "model_convert": ModelConvertConfig,
     "model_merge": ModelMergeConfig,
     "model_metadata": ModelMetadataConfig,
     "image": ImageConfig,
@@ -194,6 +195,11 @@ NETWORK_TOOLS: dict[str, Script] = {
 }
 
 MODEL_TOOLS: dict[str, Script] = {
+    "tools/convert_diffusers20_original_sd.py": _tool(
+        "Convert a model between one file in Stability layout and a diffusers folder.",
+        "model_convert",
+        ("model_to_load", "model_to_save"),
+    ),
     "tools/merge_models.py": _tool(
         "Merge models of one family by a weighted sum.", "model_merge", ("models", "output")
     ),
