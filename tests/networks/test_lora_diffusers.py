@@ -84,9 +84,8 @@ def test_merged_pipeline_equals_our_merge(pipelines: dict[str, Any], tiny_sd15: 
     pipe = pipelines["sd"]
     file = str(DATA / "lora_a_sd15.safetensors")
     model = family("sd").load(tiny_sd15)
-    network, weights = lora.create_network_from_weights(
-        0.5, file, None, model.text_encoders, model.unet, for_inference=True
-    )
+    encoders = model.text_encoders
+    network, weights = lora.create_network_from_weights(0.5, file, None, encoders, model.unet, for_inference=True)
     network.merge_to(encoders, model.unet, weights)
     before = {key: value.clone() for key, value in pipe.unet.state_dict().items()}
     keys = list(weights)
