@@ -131,9 +131,9 @@ def judge(path: str | os.PathLike[str], caption: str, origin: TextOrigin, *, ski
     header = read_header(path)
     if header is None:
         return "broken file"
-    shapes = [header.shapes.get(name) for name in ARRAYS]
-    if None in shapes:
+    if not set(ARRAYS) <= header.shapes.keys():
         return "arrays missing"
+    shapes = [header.shapes[name] for name in ARRAYS]
     if shapes[0][:1] != (origin.length,) or (origin.widths and shapes != origin.shapes()):
         return "other length or model"
     if header.key is None:
