@@ -15,7 +15,7 @@ from library.messages import UserError, log, progress, write
 from library.options.network_tools import NetworkResizeConfig, NetworkSplitConfig
 from library.runtime.devices import pick_device
 from networks import algebra, files
-from networks.tool_files import Pair, dtype_of, find_pairs, open_network, say_error
+from networks.tool_files import PEFT, Pair, dtype_of, find_pairs, open_network, say_error
 
 SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors")
 
@@ -176,7 +176,7 @@ def resize_network(options: NetworkResizeConfig) -> None:
     wanted = _wanted(options)
     if not options.save_to.endswith(SUFFIXES):
         raise UserError(f"--save_to {options.save_to} has no known suffix", f"end it in {', '.join(SUFFIXES)}")
-    file = open_network(options.model)
+    file = open_network(options.model, (PEFT,))
     dtype = dtype_of(options.save_precision) or torch.float32
     checkpoint = file.checkpoint
     result = resize(list(checkpoint.tensors), checkpoint.read, wanted, dtype, pick_device(options.device))

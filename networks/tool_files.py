@@ -23,6 +23,7 @@ PRECISIONS = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloa
 PAIRS = (("lora_down", "lora_up"), ("lora_A", "lora_B"), ("down", "up"))
 SDXL = "a network for SDXL"
 OFT = "an OFT network"
+PEFT = "a diffusers or peft LoRA"
 SD_KINDS = ("a network for SD 1.x", "a network for SD 2.x", "a network for SD 1.x or 2.x")
 
 
@@ -101,6 +102,11 @@ class NetworkFile:
         }
         self._own_names: dict[str, str] = {}
 
+    @property
+    def names(self) -> list[str]:
+        """The modules under the names that `module` takes."""
+        return list(self._own_names) or list(self.pairs)
+
     def module(self, name: str, device: str | torch.device = "cpu") -> Module | None:
         """The tensors of a module, None where the file has no such module."""
         pair = self.pairs.get(self._own_names.get(name, name))
@@ -109,13 +115,21 @@ class NetworkFile:
         tensors = self.checkpoint.read([pair.up, pair.down], device=device)
         return Module(tensors[pair.up], tensors[pair.down], self.alphas[self._own_names.get(name, name)])
 
+    def use_usual_names(self) -> None:
+        """Take the modules under the style of names that networks of their family normally have."""
+        if self.kind == SDXL:
+            self._rename(names.rename_unet(self.stubs, "stability", "sdxl"))
+        elif self.kind in SD_KINDS[:2]:
+            self._rename(names.rename_unet(self.stubs, "diffusers", "sd"))
+
     def under_names_of(self, model_names: Iterable[str]) -> list[str]:
         """The file's modules under the names that a model's layers have; `module` takes these from now on."""
-        theirs = list(self.stubs)
-        ours = list(names.convert_if_needed(self.stubs, model_names))
-        heads = {a.partition(".")[0]: b.partition(".")[0] for a, b in zip(theirs, ours, strict=True)}
+        self._rename(names.convert_if_needed(self.stubs, model_names))
+        return self.names
+
+    def _rename(self, renamed: Mapping[str, Tensor]) -> None:
+        heads = {a.partition(".")[0]: b.partition(".")[0] for a, b in zip(self.stubs, renamed, strict=True)}
         self._own_names = {heads.get(name, name): name for name in self.pairs}
-        return list(self._own_names)
 
 
 def open_network(path: str | Path, methods: Sequence[str] = ()) -> NetworkFile:
@@ -131,6 +145,8 @@ def open_network(path: str | Path, methods: Sequence[str] = ()) -> NetworkFile:
     if file.kind in methods:
         return file
     refuse_foreign_methods(file.stubs, str(path))
+    if file.kind == PEFT:
+        raise UserError(f"{path} is {PEFT}", "convert it with convert_lora.py first")
     if file.kind not in (SDXL, *SD_KINDS) and not file.pairs:
         raise UserError(f"{path} is {file.kind}", "give a LoRA file")
     if not file.pairs:
@@ -145,6 +161,8 @@ def open_networks(paths: Sequence[str], methods: Sequence[str] = ()) -> list[Net
         UserError: as `open_network`; or they are for different model families.
     """
     files = [open_network(path, methods) for path in paths]
+    for file in files:
+        file.use_usual_names()
     for file in files[1:]:
         if not _fit(files[0].kind, file.kind):
             raise UserError(
@@ -166,7 +184,7 @@ def refuse_kinds(files: Iterable[NetworkFile], kinds: Sequence[str], remedy: str
 
 def module_names(files: Iterable[NetworkFile]) -> list[str]:
     """Modules of all files, in the order of first appearance."""
-    return list(dict.fromkeys(name for file in files for name in file.pairs))
+    return list(dict.fromkeys(name for file in files for name in file.names))
 
 
 def check_ratios(models: Sequence[str] | None, ratios: Sequence[float] | None) -> tuple[list[str], list[float]]:

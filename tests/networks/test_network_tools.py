@@ -18,7 +18,7 @@ from torch import Tensor
 
 from library.messages import UserError
 from library.models.family import family
-from networks import algebra, lora, oft
+from networks import algebra, lora, names, oft
 from networks.block_weights import parse_block_weights, position_of
 from networks.tool_files import iterate_state, open_network, open_networks
 from networks.tool_functions import merge_opened, open_sdxl_networks
@@ -119,6 +119,16 @@ def test_one_network_alone_has_the_squared_effect_and_svd_merge_the_plain_one(tm
     assert metadata_of(plain)["ss_network_args"] == json.dumps({"conv_dim": 4, "conv_alpha": 4})
 
 
+def test_both_styles_of_names_merge_to_the_usual_one(tmp_path: Path) -> None:
+    state = load_file(SDXL)
+    other = tmp_path / "other.safetensors"
+    save_file(names.rename_unet(state, "diffusers", "sdxl"), other)
+    assert any("down_blocks" in key for key in load_file(other))
+    merged = tool("sdxl_merge_lora").merge_lora_models([SDXL, str(other)], [1.0, 0.0], torch.float32)[0]
+    assert merged.keys() == state.keys()
+    assert distance(updates(merged), updates(state)) < 1e-6
+
+
 # Families and methods that do not fit
 
 
@@ -152,6 +162,7 @@ def test_an_sdxl_network_merged_by_merge_lora_is_described_as_one(tmp_path: Path
         ("lllite_unet_x.down.0.weight", "LLLite"),
         ("model.diffusion_model.x.weight", "a whole model"),
         ("lora_unet_x.dora_scale", "DoRA"),
+        ("unet.mid_block.x.lora_A.weight", "convert_lora"),
     ],
 )
 def test_other_methods_are_refused(key: str, word: str, tmp_path: Path) -> None:
