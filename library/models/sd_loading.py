@@ -69,7 +69,7 @@ def filled_folder_parts(
     _refuse_other_kind(folder, folder_kind(folder, opened["unet"][0], opened["text_encoder"][0]), v2)
     parts = {}
     for name, (config, checkpoint) in opened.items():
-        parts[name] = _folder_part(name, checkpoint, config, dtype)
+        parts[name] = folder_part(name, checkpoint, config, dtype)
         fill(checkpoint, [parts[name]], device=device)
     return parts
 
@@ -110,7 +110,7 @@ def _openclip_part(checkpoint: Checkpoint, dtype: torch.dtype) -> Part:
     return Part("text encoder", module, entries, dtype, strangers(checkpoint, prefix, entries, unused))
 
 
-def _folder_part(name: str, checkpoint: Checkpoint, config: dict[str, Any], dtype: torch.dtype) -> Part:
+def folder_part(name: str, checkpoint: Checkpoint, config: dict[str, Any], dtype: torch.dtype) -> Part:
     if name == "vae":
         return diffusers_vae_part(checkpoint, config, dtype)
     if name == "text_encoder":

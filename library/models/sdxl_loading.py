@@ -92,7 +92,7 @@ def filled_folder_parts(
     parts = {}
     for name, (config, checkpoint) in opened.items():
         own = text_dtype or dtype if name.startswith("text_encoder") else dtype
-        parts[name] = _folder_part(name, checkpoint, config, own)
+        parts[name] = folder_part(name, checkpoint, config, own)
         fill(checkpoint, [parts[name]], device=device)
     return parts
 
@@ -133,7 +133,7 @@ def _second_text_part(checkpoint: Checkpoint, dtype: torch.dtype) -> Part:
     return Part(_SECOND, module, entries, dtype, strangers(checkpoint, prefix, entries, (LOGIT_SCALE,)))
 
 
-def _folder_part(name: str, checkpoint: Checkpoint, config: dict[str, Any], dtype: torch.dtype) -> Part:
+def folder_part(name: str, checkpoint: Checkpoint, config: dict[str, Any], dtype: torch.dtype) -> Part:
     if name == "vae":
         return diffusers_vae_part(checkpoint, config, dtype)
     if name == "text_encoder":

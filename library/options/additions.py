@@ -16,7 +16,7 @@ OWN: dict[str, str] = {
 }
 
 # Scripts of this project that the original and its later releases do not have.
-OWN_SCRIPTS: frozenset[str] = frozenset({"networks/convert_lora.py"})
+OWN_SCRIPTS: frozenset[str] = frozenset({"networks/convert_lora.py", "tools/inspect_model.py"})
 
 # Of sd-scripts 0.7.1 to 0.10.1, in every script that has the concern.
 LATER: frozenset[str] = frozenset(

@@ -27,7 +27,7 @@ from library.options.loop import LoopConfig
 from library.options.metadata import MetadataConfig
 from library.options.minimal import MinimalConfig
 from library.options.model import ModelConfig
-from library.options.model_tools import ModelConvertConfig, ModelMergeConfig, ModelMetadataConfig
+from library.options.model_tools import ModelConvertConfig, ModelInspectConfig, ModelMergeConfig, ModelMetadataConfig
 from library.options.network import NetworkConfig
 from library.options.network_convert import NetworkConvertConfig
 from library.options.network_tools import (
@@ -74,6 +74,7 @@ CONCERNS: dict[str, type] = {
     "network_interrogate": NetworkInterrogateConfig,
     "network_demo": NetworkDemoConfig,
     "model_convert": ModelConvertConfig,
+    "model_inspect": ModelInspectConfig,
     "model_merge": ModelMergeConfig,
     "model_metadata": ModelMetadataConfig,
     "image": ImageConfig,
@@ -200,6 +201,7 @@ MODEL_TOOLS: dict[str, Script] = {
         "model_convert",
         ("model_to_load", "model_to_save"),
     ),
+    "tools/inspect_model.py": _tool("Say what a model or network file is.", "model_inspect", ("model",)),
     "tools/merge_models.py": _tool(
         "Merge models of one family by a weighted sum.", "model_merge", ("models", "output")
     ),
