@@ -97,8 +97,8 @@ def weights_from_arguments(
         BlockWeightError: neither numbers nor a known preset, or a list of the other family's length.
     """
     threshold = number("block_lr_zero_threshold", arguments.get("block_lr_zero_threshold", 0.0))
-    given = (arguments.get(key) for key in ("down_lr_weight", "mid_lr_weight", "up_lr_weight"))
-    return side_weights(layout, *given, threshold)
+    down, mid, up = (arguments.get(key) for key in ("down_lr_weight", "mid_lr_weight", "up_lr_weight"))
+    return side_weights(layout, down, mid, up, threshold)
 
 
 def side_weights(

@@ -67,9 +67,10 @@ def create(
     rates = all_weights(layout, *weights_from_arguments(layout, kwargs))
     ranks = None
     if kwargs.get("block_dims") is not None or rates is not None:
-        texts = (kwargs.get(key) for key in ("block_dims", "block_alphas"))
-        conv_texts = (kwargs.get(key) for key in ("conv_block_dims", "conv_block_alphas"))
-        ranks = block_ranks(layout, *texts, dim, alpha, *conv_texts, conv_dim, conv_alpha)
+        dims, alphas, conv_dims, conv_alphas = (
+            kwargs.get(key) for key in ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
+        )
+        ranks = block_ranks(layout, dims, alphas, dim, alpha, conv_dims, conv_alphas, conv_dim, conv_alpha)
         ranks.remove_zero_blocks(rates)
 
     network = network_class(

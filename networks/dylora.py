@@ -19,7 +19,7 @@ from library.messages import UserError, log, warn_once
 from networks import creation, files, low_rank, names
 from networks.adapter import AdapterModule, as_list, find_layers
 from networks.lora_module import LoRAInfModule
-from networks.optimizer_groups import Part
+from networks.part_rates import PartRates
 from networks.regions import RegionalNetwork
 
 ARGUMENTS = ("conv_dim", "conv_alpha", "unit", *creation.LORAPLUS_ARGUMENTS)
@@ -175,7 +175,7 @@ class DyLoRAModule(AdapterModule):
             self.scale = float(self.alpha) / self.lora_dim
 
 
-class DyLoRANetwork(RegionalNetwork):
+class DyLoRANetwork(PartRates, RegionalNetwork):
     """DyLoRA modules of a U-Net and its text encoders; plain LoRA modules when made for drawing."""
 
     UNET_TARGET_REPLACE_MODULE: ClassVar[list[str]] = ["Transformer2DModel"]
@@ -208,7 +208,6 @@ class DyLoRANetwork(RegionalNetwork):
         """
         super().__init__(multiplier)
         self.lora_dim, self.alpha, self.apply_to_conv, self.unit = lora_dim, alpha, apply_to_conv, unit
-        self.set_loraplus_lr_ratio(None, None, None)
         units = {"unit": unit} if issubclass(module_class, DyLoRAModule) else {}
 
         def modules(found: Any) -> list[Any]:
@@ -245,30 +244,6 @@ class DyLoRANetwork(RegionalNetwork):
         for adapter in self.adapters:
             if isinstance(adapter, DyLoRAModule):
                 adapter.start_step()
-
-    def set_loraplus_lr_ratio(
-        self,
-        loraplus_lr_ratio: float | None,
-        loraplus_unet_lr_ratio: float | None,
-        loraplus_text_encoder_lr_ratio: float | None,
-    ) -> None:
-        """LoRA+: factor of the rate of the up pieces, in general and by part."""
-        self.loraplus_lr_ratio = loraplus_lr_ratio
-        self.loraplus_unet_lr_ratio = loraplus_unet_lr_ratio
-        self.loraplus_text_encoder_lr_ratio = loraplus_text_encoder_lr_ratio
-
-    def prepare_optimizer_params(
-        self, text_encoder_lr: float | None, unet_lr: float | None, default_lr: float | None = None
-    ) -> tuple[list[dict[str, Any]], list[str]]:
-        """Optimizer groups and their descriptions; None = the optimizer's own rate, 0 = not trained."""
-        parts = []
-        if self.text_encoder_loras:
-            ratio = self.loraplus_text_encoder_lr_ratio or self.loraplus_lr_ratio
-            parts.append(Part("textencoder", self.text_encoder_loras, text_encoder_lr, ratio, default_lr))
-        if self.unet_loras:
-            ratio = self.loraplus_unet_lr_ratio or self.loraplus_lr_ratio
-            parts.append(Part("unet", self.unet_loras, unet_lr, ratio, default_lr))
-        return self.optimizer_groups(parts)
 
 
 def create_network(

@@ -24,6 +24,7 @@ from networks.blocks import NUM_OF_BLOCKS, RE_UPDOWN, SDXL, all_weights, get_blo
 from networks.lora_module import LoRAInfModule, LoRAModule
 from networks.names import convert_diffusers_to_sai_if_needed
 from networks.optimizer_groups import Part
+from networks.part_rates import PartRates
 from networks.regions import RegionalNetwork
 
 __all__ = [
@@ -42,7 +43,7 @@ __all__ = [
 ]
 
 
-class LoRANetwork(RegionalNetwork):
+class LoRANetwork(PartRates, RegionalNetwork):
     """LoRA modules of a U-Net and its text encoders."""
 
     NUM_OF_BLOCKS = NUM_OF_BLOCKS
@@ -93,9 +94,6 @@ class LoRANetwork(RegionalNetwork):
         self.layout = layout_of(names.unet_names(unet))
         self.block_lr_weight: list[float] | None = None
         self.block_lr = False
-        self.loraplus_lr_ratio: float | None = None
-        self.loraplus_unet_lr_ratio: float | None = None
-        self.loraplus_text_encoder_lr_ratio: float | None = None
 
         skipped: list[str] = []
         encoders = as_list(text_encoder)
@@ -182,8 +180,7 @@ class LoRANetwork(RegionalNetwork):
         As the only argument, a list with a weight for every block, in the order down, mid, up, is taken too.
         """
         self.block_lr = True
-        is_whole = up_lr_weight is not None and mid_lr_weight is None and down_lr_weight is None
-        if is_whole and len(up_lr_weight) == self.layout.total:
+        if up_lr_weight is not None and mid_lr_weight is None and len(up_lr_weight) == self.layout.total:
             self.block_lr_weight = list(up_lr_weight)
             return
         mid = [mid_lr_weight] if isinstance(mid_lr_weight, (int, float)) else mid_lr_weight
@@ -198,60 +195,10 @@ class LoRANetwork(RegionalNetwork):
         index = self.get_block_index(lora.lora_name)
         return 1.0 if index < 0 or self.block_lr_weight is None else self.block_lr_weight[index]
 
-    def set_loraplus_lr_ratio(
-        self,
-        loraplus_lr_ratio: float | None,
-        loraplus_unet_lr_ratio: float | None,
-        loraplus_text_encoder_lr_ratio: float | None,
-    ) -> None:
-        """LoRA+: factor of the rate of `lora_up`, in general and by part."""
-        self.loraplus_lr_ratio = loraplus_lr_ratio
-        self.loraplus_unet_lr_ratio = loraplus_unet_lr_ratio
-        self.loraplus_text_encoder_lr_ratio = loraplus_text_encoder_lr_ratio
-
-    def prepare_optimizer_params(
-        self, text_encoder_lr: float | None, unet_lr: float | None, default_lr: float | None = None
-    ) -> tuple[list[dict[str, Any]], list[str]]:
-        """Optimizer groups and their descriptions.
-
-        Args:
-            text_encoder_lr, unet_lr: None = the optimizer's own rate; 0 = the part is not trained.
-            default_lr: what block weights and LoRA+ multiply where a part has no rate of its own.
-        """
-        parts = []
-        if self.text_encoder_loras:
-            ratio = self.loraplus_text_encoder_lr_ratio or self.loraplus_lr_ratio
-            parts.append(Part("textencoder", self.text_encoder_loras, text_encoder_lr, ratio, default_lr))
-        if self.unet_loras:
-            parts += self._unet_parts(unet_lr, default_lr)
-        return self.optimizer_groups(parts)
-
-    def prepare_optimizer_params_with_multiple_te_lrs(
-        self, text_encoder_lr: Sequence[float] | None, unet_lr: float | None, default_lr: float | None = None
-    ) -> tuple[list[dict[str, Any]], list[str]]:
-        """`prepare_optimizer_params` with a rate for each text encoder, in the model's order."""
-        if not text_encoder_lr or not self.text_encoder_loras:
-            return self.prepare_optimizer_params(None, unet_lr, default_lr)
-        if len(text_encoder_lr) == 1:
-            return self.prepare_optimizer_params(text_encoder_lr[0], unet_lr, default_lr)
-        ratio = self.loraplus_text_encoder_lr_ratio or self.loraplus_lr_ratio
-        prefixes = self.text_encoder_prefixes(text_encoder_lr)
-        parts = [
-            Part(
-                f"textencoder {number}",
-                [lora for lora in self.text_encoder_loras if lora.lora_name.startswith(f"{prefix}_")],
-                rate,
-                ratio,
-                default_lr,
-            )
-            for number, (prefix, rate) in enumerate(zip(prefixes, text_encoder_lr, strict=True), 1)
-        ]
-        return self.optimizer_groups(parts + (self._unet_parts(unet_lr, default_lr) if self.unet_loras else []))
-
     def _unet_parts(self, unet_lr: float | None, default_lr: float | None) -> list[Part]:
-        ratio = self.loraplus_unet_lr_ratio or self.loraplus_lr_ratio
         if not self.block_lr:
-            return [Part("unet", self.unet_loras, unet_lr, ratio, default_lr)]
+            return super()._unet_parts(unet_lr, default_lr)
+        ratio = self.loraplus_unet_lr_ratio or self.loraplus_lr_ratio
         rate = default_lr if unet_lr is None else unet_lr
         if rate is None:
             raise UserError("block learning-rate weights need a rate to multiply", "set --unet_lr or --learning_rate")

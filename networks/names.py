@@ -65,8 +65,8 @@ def convert_if_needed(weights: Mapping[str, Tensor], own_names: Iterable[str]) -
         own_names: names or paths of the U-Net's modules, with underscores.
     """
     own, is_for_sdxl = style_of(own_names), "SDXL" in kind_of(weights) or any(_DEEP.search(key) for key in weights)
-    has_other = own is not None and any(style_of((key,)) not in (own, None) for key in weights)
-    if not has_other or is_for_sdxl != (own == "stability"):
+    has_other = any(style_of((key,)) not in (own, None) for key in weights)
+    if own is None or not has_other or is_for_sdxl != (own == "stability"):
         return dict(weights)
     return rename_unet(weights, own, "sdxl" if is_for_sdxl else "sd")
 
