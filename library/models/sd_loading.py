@@ -111,6 +111,7 @@ def _openclip_part(checkpoint: Checkpoint, dtype: torch.dtype) -> Part:
 
 
 def folder_part(name: str, checkpoint: Checkpoint, config: dict[str, Any], dtype: torch.dtype) -> Part:
+    """One part of a diffusers folder (`unet`, `vae`, ...), ready to fill."""
     if name == "vae":
         return diffusers_vae_part(checkpoint, config, dtype)
     if name == "text_encoder":
