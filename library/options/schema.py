@@ -23,7 +23,8 @@ def json_type(option: Option) -> dict[str, Any]:
     """The schema of one option's value."""
     one: dict[str, Any] = {"type": _TYPES[option.value_type]}
     if option.choices:
-        one["enum"] = [c for c in option.choices if c is not None]
+        # some original options have a default outside their choices
+        one["enum"] = [c for c in dict.fromkeys([*option.choices, option.default]) if c is not None]
     return {"type": "array", "items": one} if option.nargs else one
 
 

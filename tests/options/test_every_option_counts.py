@@ -33,6 +33,8 @@ TUNING = {
     "gen_img_diffusers.py": (r"highres_fix_\w+|control_net_\w+|vgg16_\w+|ds_\w+|gradual_latent_\w+",),
     "sdxl_gen_img.py": (r"highres_fix_\w+|control_net_\w+|ds_\w+|gradual_latent_\w+",),
     "sdxl_minimal_inference.py": (),
+    # SD 2.x projections have one form inside, so there is nothing to choose; the help says so
+    "tools/convert_diffusers20_original_sd.py": (r"unet_use_linear_projection",),
 }
 
 
@@ -40,7 +42,7 @@ TUNING = {
 def names_read() -> tuple[set[str], list[re.Pattern]]:
     """Attribute names, texts, and patterns of composed texts in the code that works with options."""
     names, patterns = set(), []
-    for path in [*(ROOT / "library").rglob("*.py"), *(ROOT / "networks").rglob("*.py")]:
+    for path in [p for room in ("library", "networks", "tools") for p in (ROOT / room).rglob("*.py")]:
         if "options" in path.parts or re.search(r"classic|porch|metadata", path.name):
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
