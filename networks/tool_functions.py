@@ -274,7 +274,7 @@ def _into_modules(
 ) -> None:
     for module in (*text_encoders, unet):
         module.to(merge_dtype)
-    return merge_opened(
+    merge_opened(
         text_encoders,
         unet,
         opened,

@@ -224,9 +224,11 @@ def projection_width(shapes: Shapes, prefix: str) -> int:
         UserError: the projection is not there.
     """
     matrix, linear = shapes.get(prefix + "text_projection"), shapes.get(prefix + "text_projection.weight")
-    if matrix is None and linear is None:
+    if matrix is not None:
+        return matrix[1]
+    if linear is None:
         raise UserError(f"its text encoder lacks {prefix}text_projection", "give a complete checkpoint")
-    return matrix[1] if matrix is not None else linear[0]
+    return linear[0]
 
 
 def vae_dimensions(shapes: Shapes, prefix: str = VAE_PREFIX) -> VaeDimensions:

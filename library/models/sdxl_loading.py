@@ -161,4 +161,4 @@ def checkpoint_info(checkpoint: Checkpoint) -> tuple[Any, Any] | None:
     """(epoch, step) of a pickle, zeros where it says nothing; None for a safetensors file."""
     if not isinstance(checkpoint, PickleCheckpoint):
         return None
-    return tuple(0 if value is None else value for value in (checkpoint.epoch, checkpoint.global_step))
+    return checkpoint.epoch or 0, checkpoint.global_step or 0

@@ -132,6 +132,7 @@ def pooled_rows(
     positions = (input_ids == eos_id).int().argmax(dim=-1).to(last_hidden_state.device)
     states = last_hidden_state[torch.arange(len(positions), device=positions.device), positions]
     project = projection_of(text_encoder)
+    assert project is not None
     return project(states.to(project.weight.dtype)).to(last_hidden_state.dtype)
 
 
