@@ -74,4 +74,3 @@ class Run:
     saver: Saver
     samples: SamplePictures
     position: Position
-    effective: Any = None
