@@ -263,6 +263,12 @@ def check_network(options: Resolved) -> None:
             raise UserError(f"--network_args {text!r} has no value", "write it as KEY=VALUE")
 
 
+def check_conversion(options: Resolved) -> None:
+    """Choices of the old command line that are made by the model itself."""
+    if options.model_convert.unet_use_linear_projection:
+        warn_once("--unet_use_linear_projection has no effect: folders of Stable Diffusion 2.x always get them")
+
+
 def _at_least(config: Any, low: int, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
@@ -287,4 +293,5 @@ _CHECKS = (
     ("saving", check_saving),
     ("samples", check_samples),
     ("logging", check_logging),
+    ("model_convert", check_conversion),
 )
