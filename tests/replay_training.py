@@ -215,13 +215,14 @@ def replay_case(folder: Path, model: Path, scratch: Path) -> Comparison:
 def train(case: dict[str, Any], trace: dict[str, torch.Tensor], result: Comparison) -> None:
     from library.options.parser import parse
     from library.training import assemble, loop
+    from library.training.recipes.network import NetworkRecipe
 
     options = [o for o in case["options"] if o not in ("--tokenizer_cache_dir", "tokenizers")]
     args = parse(case["script"], [*options, "--network_weights", "initial.safetensors"])
     places: dict[Place, int] = {}
     draws = RecordedDraws(trace, places)
     trainer = TRAINERS[case["script"]](trace, draws.pictures, result)
-    run = trainer.run = assemble.network_run(trainer, args, draws=draws)
+    run = trainer.run = assemble.build_run(NetworkRecipe(trainer), args, draws=draws)
     dataset = run.feed.group.datasets[0]
     numbers = {item.path: index for index, item in enumerate(dataset.items)}
     plans: dict[int, EpochPlan] = {}

@@ -1,4 +1,4 @@
-"""Opens the model through the trainer's hook and puts its parts where the steps need them."""
+"""Opens the model, by its family or through a trainer's hook, and puts its parts where the steps need them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,33 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from library.models.family import LoadedModel
+from library.runtime.wrap import WrapPolicy, wrap_model
 from library.training.latents import encode, move_vae
 
 if TYPE_CHECKING:
+    from library.models.family import Family
     from library.options.parser import Resolved
+    from library.runtime.processes import Processes
     from library.training.draws import Draws
+    from library.training.recipes.recipe import Setup
 
 
-def open_model(
+def load(family: Family, options: Resolved, tokenizers: list[Any], processes: Processes) -> LoadedModel:
+    """The model that the options name, frozen parts and all, in float32 unless the family says otherwise."""
+    config = options.model
+    model = family.load(
+        config.pretrained_model_name_or_path,
+        v2=config.v2,
+        v_parameterization=config.v_parameterization,
+        zero_terminal_snr=options.objective.zero_terminal_snr,
+        vae=config.vae,
+        device=processes.device if options.precision.lowram else "cpu",
+    )
+    model.tokenizers = tokenizers
+    return model
+
+
+def open_through(
     trainer: Any, args: Any, weight_dtype: torch.dtype, accelerator: Any, tokenizers: list[Any]
 ) -> LoadedModel:
     """The model that `load_target_model` gave; modules that an override opened itself are adopted."""
@@ -43,6 +62,25 @@ def freeze(model: LoadedModel) -> None:
     for module in (model.unet, model.vae, *model.text_encoders):
         module.requires_grad_(False)
         module.eval()
+
+
+def checkpoint_and_compile(family: Family, setup: Setup) -> None:
+    """Gradient checkpointing and regional compile of the U-Net, after whatever attaches itself to it."""
+    precision = setup.options.precision
+    unet = setup.model.unet
+    wrap_model(
+        unet,
+        WrapPolicy(
+            device=setup.processes.device,
+            checkpointing_interval=precision.gradient_checkpointing_interval if precision.gradient_checkpointing else 0,
+            compile_backend=precision.dynamo_backend if precision.torch_compile else None,
+            shapes=setup.shapes,
+        ),
+        family=family.name,
+        repeated_block_classes=family.repeated_block_classes,
+    )
+    if precision.gradient_checkpointing:
+        unet.train()
 
 
 class CacheEncoder:

@@ -49,8 +49,9 @@ class NetworkTrainer:
     def train(self, args: argparse.Namespace) -> None:
         """The whole run; returns early for `--debug_dataset` and `--dry_run`."""
         from library.training import assemble, loop
+        from library.training.recipes.network import NetworkRecipe
 
-        self.run = assemble.network_run(self, args)
+        self.run = assemble.build_run(NetworkRecipe(self), args)
         if self.run is not None:
             loop.train(self.run)
 

@@ -24,6 +24,7 @@ from library.train_util import MinimalDataset
 from library.training import assemble, loop
 from library.training.draws import Draws, Place
 from library.training.network_trainer import NetworkTrainer
+from library.training.recipes.network import NetworkRecipe
 
 EPOCH = 4
 UNET = UNetConfig(block_out_channels=(32,) * 4, cross_attention_dim=64)
@@ -134,7 +135,7 @@ def test_recorded_run(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     trainer = ReplayTrainer(recorded)
     args = parse("train_network.py", recorded.argv(tmp_path))
-    run = assemble.network_run(trainer, args, draws=RecordedDraws(recorded))
+    run = assemble.build_run(NetworkRecipe(trainer), args, draws=RecordedDraws(recorded))
     assert run is not None
     trainer.run = run
     batches = tuple(PlannedBatch(0, (0, 0), (index,), (0,)) for index in range(EPOCH))
