@@ -59,14 +59,14 @@ class Comparison:
 class RecordedDraws(Draws):
     """Draws from a trace instead of from streams."""
 
-    def __init__(self, trace: dict[str, torch.Tensor], steps: dict[Place, int]) -> None:
+    def __init__(self, trace: dict[str, torch.Tensor], steps: dict[tuple[int, int], int]) -> None:
         super().__init__(0, torch.device("cpu"))
         self.trace = trace
         self.steps = steps
         self.pictures: dict[str, torch.Tensor] = {}
 
     def _recorded(self, place: Place, key: str) -> torch.Tensor:
-        return self.trace[f"step{self.steps[place]}.{key}"]
+        return self.trace[f"step{self.steps[place.epoch, place.micro]}.{key}"]
 
     def posterior(self, place: Place, distribution: Any) -> torch.Tensor:
         return distribution.mean + distribution.std * self._recorded(place, "vae_noise")
@@ -219,7 +219,7 @@ def train(case: dict[str, Any], trace: dict[str, torch.Tensor], result: Comparis
 
     options = [o for o in case["options"] if o not in ("--tokenizer_cache_dir", "tokenizers")]
     args = parse(case["script"], [*options, "--network_weights", "initial.safetensors"])
-    places: dict[Place, int] = {}
+    places: dict[tuple[int, int], int] = {}
     draws = RecordedDraws(trace, places)
     trainer = TRAINERS[case["script"]](trace, draws.pictures, result)
     run = trainer.run = assemble.build_run(NetworkRecipe(trainer), args, draws=draws)
@@ -233,7 +233,7 @@ def train(case: dict[str, Any], trace: dict[str, torch.Tensor], result: Comparis
             items = tuple(numbers[file] for file in step["image_files"])
             bucket = dataset.items[items[0]].bucket
             batches.append(PlannedBatch(0, bucket, items, (0,) * len(items)))
-            places[Place(number, position, position)] = micro
+            places[number, position] = micro
             micro += 1
         plans[number] = EpochPlan(epoch=number, seed=0, batches=(tuple(batches),))
     run.feed.plan = plans.__getitem__
@@ -255,7 +255,7 @@ def watch(run: Any, trace: dict[str, torch.Tensor], result: Comparison) -> None:
 
     def latents(batch: Any, place: Place) -> torch.Tensor:
         made = encode(batch, place)
-        step = run.draws.steps[place]
+        step = run.draws.steps[place.epoch, place.micro]
         result.compare("latents", made, trace[f"step{step}.latents"], f"step{step}.latents")
         return made
 

@@ -57,11 +57,16 @@ def noisy_input(
     The perturbation (Ning et al. 2023) enters here only, never the target.
     """
     if config.ip_noise_gamma:
-        gamma = config.ip_noise_gamma
-        if config.ip_noise_gamma_random_strength:
-            gamma = gamma * rand(latents.device, generator)
-        noise = noise + gamma * randn(latents.shape, latents.device, generator)
+        noise = perturb(noise, config, generator)
     return schedule.add_noise(latents.float(), noise, timesteps)
+
+
+def perturb(noise: torch.Tensor, config: ObjectiveConfig, generator: torch.Generator | None) -> torch.Tensor:
+    """Noise (B, C, h, w) with more noise of strength `ip_noise_gamma`."""
+    gamma = config.ip_noise_gamma
+    if config.ip_noise_gamma_random_strength:
+        gamma = gamma * rand(noise.device, generator)
+    return noise + gamma * randn(noise.shape, noise.device, generator)
 
 
 def add_offset(

@@ -78,7 +78,9 @@ class DataFeed:
         )
 
     def place(self, epoch: int, micro: int) -> Place:
-        return Place(epoch, micro, micro * self.processes.count + self.processes.rank)
+        rank, count = self.processes.rank, self.processes.count
+        samples = [len(batches[micro].items) for batches in self.plan(epoch).batches]
+        return Place(epoch, micro, micro * count + rank, rank, count, samples[rank], sum(samples))
 
     def loss_weights(self, batch: Batch, device: torch.device) -> torch.Tensor:
         """float32 (B) or a number, as foreign data sets may give."""

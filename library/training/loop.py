@@ -81,7 +81,7 @@ def micro_step(run: Run, batch: Batch, place: Place) -> tuple[torch.Tensor, torc
     run.draws.seed_modules(place)
     run.target.on_step_start(batch)
     loss, timesteps = run.target.compute_loss(run, batch, place)
-    scaled = loss / run.accumulation
+    scaled = loss * (place.loss_weight / run.accumulation)
     (run.scaler.scale(scaled) if run.scaler else scaled).backward()
     return loss.detach(), timesteps
 
