@@ -30,7 +30,7 @@ NAMES = {
     # options
     "add_config_arguments": "library.options.groups:add_config_arguments",
     # data
-    "DatasetGroup": "library.data.dataset:DatasetGroup",
+    "DatasetGroup": "library.data.group:DatasetGroup",
     # the other porch, which callers reach through this one
     "train_util": "library.train_util:",
 }

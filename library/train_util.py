@@ -27,7 +27,7 @@ NAMES = {
     "save_latents_to_disk": "library.data.classic:save_latents_to_disk",
     "trim_and_resize_if_required": "library.data.classic:trim_and_resize_if_required",
     "TEXT_ENCODER_OUTPUTS_CACHE_SUFFIX": "library.data.text_file:SUFFIX",
-    "DatasetGroup": "library.data.dataset:DatasetGroup",
+    "DatasetGroup": "library.data.group:DatasetGroup",
     "IMAGE_TRANSFORMS": "library.data.classic:image_transforms",
     "glob_images": "library.data.listing:glob_images",
     "glob_images_pathlib": "library.data.listing:glob_images_pathlib",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from library.data.batch import Batch
 
 Tokenize = Callable[[str], tuple[torch.Tensor, torch.Tensor | None]]
-# (data sets, tokenizers, text encoders, device, dtype, to disk): encodes their captions, see `DatasetGroup.cache_text`.
-CacheText = Callable[[Sequence[Any], Sequence[Any], Sequence[Any], Any, torch.dtype, bool], Any]
 
 
 class Dataset(torch.utils.data.Dataset):
@@ -130,6 +128,8 @@ class Dataset(torch.utils.data.Dataset):
             UserError: a picture or cache file cannot be used; it names the file.
         """
         self._check_sizes()
+        if self.settings.is_validation:  # the same draws, where there are any, every time
+            epoch = 0
         samples, texts, encoded, flips, items = [], [], [], [], []
         for index, occurrence in zip(planned.items, planned.occurrences, strict=True):
             item = self.items[index]
@@ -325,132 +325,3 @@ def _stack(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     if present and len(present) != len(tensors):
         raise RuntimeError("a batch mixes cached and other entries")
     return torch.stack(present) if present else None
-
-
-class DatasetGroup(torch.utils.data.Dataset):
-    """The data sets of a run. Item i is one batch: those of the first data set, then those of the next.
-
-    Attributes:
-        datasets: the members: `Dataset`s, or others with the same methods.
-        num_train_images, num_reg_images: sums over the members.
-        cache_text: encodes captions with given text encoders; set by whoever knows the models.
-    """
-
-    def __init__(self, datasets: Sequence[Any]) -> None:
-        self.datasets = list(datasets)
-        self.cache_text: CacheText | None = None
-        for index, dataset in enumerate(self.datasets):
-            dataset.index = index
-
-    @property
-    def num_train_images(self) -> int:
-        return sum(dataset.num_train_images for dataset in self.datasets)
-
-    @property
-    def num_reg_images(self) -> int:
-        return sum(dataset.num_reg_images for dataset in self.datasets)
-
-    @property
-    def image_data(self) -> dict[str, Any]:
-        """Records of all pictures by key; equal keys of later data sets win."""
-        return {key: record for dataset in self.datasets for key, record in dataset.image_data.items()}
-
-    def batch(self, planned: PlannedBatch, *, epoch: int, step: int) -> Batch:
-        """Make one planned batch, see `Dataset.batch`."""
-        return self.datasets[planned.dataset].batch(planned, epoch=epoch, step=step)
-
-    def plan(self, seed: int, epoch: int, processes: int = 1) -> EpochPlan:
-        """The plan of one epoch, see `library.data.plan.make_plan`."""
-        return make_plan(self.datasets, seed=seed, epoch=epoch, processes=processes)
-
-    def __len__(self) -> int:
-        return sum(len(dataset) for dataset in self.datasets)
-
-    def __getitem__(self, position: int) -> Batch:
-        for dataset in self.datasets:
-            if position < len(dataset):
-                return dataset[position]
-            position -= len(dataset)
-        raise IndexError(position)
-
-    def __iter__(self) -> Any:
-        raise UserError(
-            "a data-set group was unpacked or iterated",
-            "generate_dataset_group_by_blueprint returns one group here, not the (train, validation) pair of later "
-            "versions; index the group for its batches",
-        )
-
-    def set_current_epoch(self, epoch: int) -> None:
-        for dataset in self.datasets:
-            dataset.set_current_epoch(epoch)
-
-    def set_current_step(self, step: int) -> None:
-        for dataset in self.datasets:
-            dataset.set_current_step(step)
-
-    def set_max_train_steps(self, steps: int) -> None:
-        for dataset in self.datasets:
-            dataset.set_max_train_steps(steps)
-
-    def add_replacement(self, str_from: str, str_to: str | list[str]) -> None:
-        for dataset in self.datasets:
-            dataset.add_replacement(str_from, str_to)
-
-    def verify_bucket_reso_steps(self, min_steps: int) -> None:
-        for dataset in self.datasets:
-            dataset.verify_bucket_reso_steps(min_steps)
-
-    def cache_latents(
-        self, vae: Any, vae_batch_size: int = 1, cache_to_disk: bool = False, is_main_process: bool = True
-    ) -> None:
-        """Cache the latents of all members with a diffusers VAE; every process calls it."""
-        from library.data.cache import cache_with_vae
-
-        cache_with_vae(self.datasets, vae, vae_batch_size, cache_to_disk)
-        for dataset in self.datasets:
-            if not isinstance(dataset, Dataset):
-                dataset.cache_latents(vae, vae_batch_size, cache_to_disk, is_main_process)
-
-    def cache_text_encoder_outputs(
-        self,
-        tokenizers: Sequence[Any],
-        text_encoders: Sequence[Any],
-        device: Any,
-        weight_dtype: torch.dtype,
-        cache_to_disk: bool = False,
-        is_main_process: bool = True,
-    ) -> None:
-        """Encode the captions of all members once; every process calls it."""
-        if self.cache_text is None:
-            raise RuntimeError("this group was made without a function that encodes text (cache_text)")
-        self.cache_text(self.datasets, tokenizers, text_encoders, device, weight_dtype, cache_to_disk)
-        for dataset in self.datasets:
-            if not isinstance(dataset, Dataset):
-                dataset.cache_text_encoder_outputs(
-                    tokenizers, text_encoders, device, weight_dtype, cache_to_disk, is_main_process
-                )
-
-    def is_latent_cacheable(self) -> bool:
-        return all(dataset.is_latent_cacheable() for dataset in self.datasets)
-
-    def is_text_encoder_output_cacheable(self) -> bool:
-        return all(dataset.is_text_encoder_output_cacheable() for dataset in self.datasets)
-
-
-def build_group(
-    settings: Sequence[DatasetSettings],
-    scans: Sequence[ScanResult],
-    *,
-    tokenize: Tokenize | None,
-    seed: int,
-) -> DatasetGroup:
-    """The group of a run.
-
-    Args:
-        settings: one per data set.
-        scans: what each data set's folders hold.
-        tokenize: see `Dataset`.
-        seed: the run's seed.
-    """
-    pairs = zip(settings, scans, strict=True)
-    return DatasetGroup([Dataset(one, scan, tokenize=tokenize, seed=seed) for one, scan in pairs])

@@ -6,9 +6,7 @@ Regularisation pictures are balanced against the training pictures, and validati
 from __future__ import annotations
 
 import json
-import math
 import os
-import random
 import re
 import time
 from collections import Counter
@@ -21,6 +19,7 @@ from library.data.captions import tags_of
 from library.data.image_size import image_size, read_bytes
 from library.data.listing import UNREAD_SUFFIXES, Listing, list_folder, picture_count
 from library.data.records import DatasetSettings, Item, ScanResult, Size, SubsetSettings
+from library.data.validation import hold_out
 from library.messages import UserError
 from library.runtime.files import atomic_write
 
@@ -64,7 +63,7 @@ def scan(settings: DatasetSettings, *, seed: int = 0, skip_broken: bool = False)
         if subset.is_reg:
             regularisation += items
         else:
-            items, held_out = _hold_out(items, settings, seed)
+            items, held_out = hold_out(items, settings, seed)
             regular += items
             result.validation += held_out
         result.image_counts[index] = len(items)
@@ -313,22 +312,6 @@ def _write_info(path: str, items: Iterable[Item]) -> None:
     entries = {item.path: {"caption": item.caption, "resolution": list(item.size)} for item in items}
     with atomic_write(path, "w") as file:
         json.dump(entries, file, ensure_ascii=False, indent=2)
-
-
-def _hold_out(items: list[Item], settings: DatasetSettings, seed: int) -> tuple[list[Item], list[Item]]:
-    """Training and validation pictures of one subset; every subset gives its share."""
-    share = settings.validation_split
-    if share == 0 or not items:
-        return items, []
-    if not 0 <= share <= 1:
-        raise UserError(f"validation_split is {share}", "it must lie between 0 and 1")
-    shuffled = list(items)
-    random.Random(settings.validation_seed if settings.validation_seed is not None else seed).shuffle(shuffled)
-    count = math.ceil(len(shuffled) * (1 - share))
-    held_out = sorted(shuffled[count:], key=lambda item: item.path)
-    for item in held_out:
-        item.repeats = 1
-    return sorted(shuffled[:count], key=lambda item: item.path), held_out
 
 
 def _count_tags(table: dict[str, dict[str, int]], subset: SubsetSettings, items: Iterable[Item]) -> None:

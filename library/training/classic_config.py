@@ -17,7 +17,7 @@ import voluptuous
 
 from library.data import config, config_file
 from library.data.config_schema import Problem, Support, check
-from library.data.dataset import DatasetGroup
+from library.data.group import DatasetGroup
 from library.data.folders import subset_tables
 from library.data.records import DatasetSettings, SubsetSettings
 from library.data.report import describe

@@ -12,7 +12,7 @@ from library.data.cache import cache_latents
 from library.data.classic import load_foreign_dataset
 from library.data.config import parse_resolution, resolve_datasets
 from library.data.config_schema import Support
-from library.data.dataset import DatasetGroup, build_group
+from library.data.group import DatasetGroup, build_group
 from library.data.latents_file import fingerprint
 from library.data.records import DatasetSettings
 from library.messages import UserError, log
@@ -27,9 +27,11 @@ if TYPE_CHECKING:
     from library.models.family import Family, LoadedModel
     from library.options.parser import Resolved
 
+NETWORK_SUPPORT = Support(dreambooth=True, finetuning=True, controlnet=False, dropout=True)
+
 
 def build_data(options: Resolved, support: Support, tokenizers: list[Any], seed: int) -> DatasetGroup:
-    """Scan the folders that the options name and make the group.
+    """Scan the folders that the options name and make the group; its `validation` has the held-out pictures.
 
     Raises:
         UserError: nothing found, or a setting, picture or caption that cannot be used.
@@ -40,7 +42,6 @@ def build_data(options: Resolved, support: Support, tokenizers: list[Any], seed:
     foreign = replacement("config_util", "generate_dataset_group_by_blueprint")
     if foreign is not None:
         return blueprint_group(foreign, settings, tokenizers, seed)
-    refuse_not_yet(settings)
     require_masks(options, settings)
     skip = options.dataset.on_bad_image == "skip"
     scans = [sources.scan(one, seed=seed, skip_broken=skip) for one in settings]
@@ -49,21 +50,6 @@ def build_data(options: Resolved, support: Support, tokenizers: list[Any], seed:
     sources.require_pictures(settings, scans)
     tokenize = CaptionTokens(tokenizers, options.model.max_token_length)
     return build_group(settings, scans, tokenize=tokenize, seed=seed)
-
-
-# Keys of a data-set file whose features are still to come -> the value that asks for nothing.
-NOT_YET = {"validation_split": 0.0, "network_multiplier": 1.0}
-
-
-def refuse_not_yet(settings: tuple[DatasetSettings, ...]) -> None:
-    """Stop at a data-set key that would be read and change nothing.
-
-    Raises:
-        UserError: there is one.
-    """
-    for key, neutral in NOT_YET.items():
-        if any(getattr(one, key) != neutral for one in settings):
-            raise UserError(f"{key} in the data-set file is not supported yet", "leave the key out")
 
 
 def require_masks(options: Resolved, settings: tuple[DatasetSettings, ...]) -> None:
@@ -81,13 +67,15 @@ def require_masks(options: Resolved, settings: tuple[DatasetSettings, ...]) -> N
 
 def foreign_group(options: Resolved, tokenizers: list[Any]) -> Any:
     """The data set of `--dataset_class`: it makes whole batches itself and stands in for the group."""
-    return load_foreign_dataset(
+    group = load_foreign_dataset(
         options.dataset.dataset_class,
         tokenizer=tokenizers if len(tokenizers) > 1 else tokenizers[0],
         max_token_length=options.model.max_token_length,
         resolution=parse_resolution(options.dataset.resolution),
         debug_dataset=options.dataset.debug_dataset,
     )
+    group.validation = getattr(group, "validation", None)
+    return group
 
 
 def blueprint_group(make: Callable[[Any], Any], settings: Any, tokenizers: list[Any], seed: int) -> Any:
@@ -116,8 +104,9 @@ def cache_group_latents(
         raise UserError("--cache_latents with --color_aug or --random_crop", "leave one of them out")
     move_vae(model.vae, processes.device, vae_dtype)
     encoder = CacheEncoder(model.vae, draws, processes.device)
+    datasets = getattr(group, "with_validation", group.datasets)
     cache_latents(
-        group.datasets,
+        datasets,
         encoder,
         batch_size=config.vae_batch_size,
         to_disk=config.cache_latents_to_disk,
@@ -130,7 +119,7 @@ def cache_group_latents(
         processes=processes.count,
         wait=processes.barrier,
     )
-    for dataset in group.datasets:
+    for dataset in datasets:
         if hasattr(dataset, "cache_latents") and not hasattr(dataset, "memory_latents"):
             dataset.cache_latents(model.vae, config.vae_batch_size, config.cache_latents_to_disk, processes.is_main)
     move_vae(model.vae, "cpu")

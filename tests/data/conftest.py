@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.data.dataset import DatasetGroup, build_group
+from library.data.group import DatasetGroup, build_group
 from library.data.records import DatasetSettings, SubsetSettings
 from library.data.sources import scan
 

@@ -21,7 +21,7 @@ from library.data.classic import (
     load_latents_from_disk,
     save_latents_to_disk,
 )
-from library.data.dataset import build_group
+from library.data.group import build_group
 from library.data.latents_file import fingerprint, read_header, read_latents
 from library.data.loader import make_loader
 from library.data.records import DatasetSettings, Item, ScanResult, SubsetSettings
@@ -474,7 +474,7 @@ def test_cache_files_that_break_later_are_named(shapes, make_group):
 SLOW_CACHER = """
 import sys, time, torch
 from library.data.cache import cache_latents
-from library.data.dataset import build_group
+from library.data.group import build_group
 from library.data.records import DatasetSettings, SubsetSettings
 from library.data.sources import scan
 settings = DatasetSettings(resolution=(64, 64), subsets=(SubsetSettings(image_dir=sys.argv[1]),), enable_bucket=True,

@@ -23,7 +23,7 @@ from library.data.classic import (
     load_foreign_dataset,
     load_image,
 )
-from library.data.dataset import DatasetGroup
+from library.data.group import DatasetGroup
 from library.data.loader import make_loader
 from library.messages import UserError
 from library.training.classic_datasets import (

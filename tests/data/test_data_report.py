@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from library.data.dataset import build_group
+from library.data.group import build_group
 from library.data.records import DatasetSettings, SubsetSettings
 from library.data.report import describe
 from library.data.sources import scan

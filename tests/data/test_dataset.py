@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from library.data import images
 from library.data.batch import Batch
 from library.data.cache import cache_latents
-from library.data.dataset import build_group
+from library.data.group import build_group
 from library.data.loader import make_loader
 from library.data.plan import PlannedBatch
 from library.data.records import DatasetSettings, Item, ScanResult, SubsetSettings

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from library.data.dataset import DatasetGroup
+from library.data.group import DatasetGroup
 from library.data.loader import close_loaders, make_loader
 from library.data.records import Item
 from library.messages import UserError

@@ -163,7 +163,7 @@ def test_other_encoders_make_everything_anew(change, reason, shapes, make_group)
 
 
 def test_two_captions_of_one_picture_have_two_files(shapes, make_group):
-    from library.data.dataset import DatasetGroup
+    from library.data.group import DatasetGroup
 
     def groups():
         parts = [make_group(shapes, caption_prefix=prefix).datasets[0] for prefix in ("one", "two")]

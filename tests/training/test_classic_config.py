@@ -12,7 +12,7 @@ import voluptuous
 from PIL import Image
 
 from library import config_util
-from library.data.dataset import DatasetGroup
+from library.data.group import DatasetGroup
 from library.messages import UserError
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "datasets_config.json").read_text(encoding="utf-8"))

@@ -14,7 +14,7 @@ from PIL import Image
 from library.data import sources
 from library.data.config import resolve_datasets
 from library.data.config_schema import Support
-from library.data.dataset import build_group
+from library.data.group import build_group
 from library.data.records import DatasetSettings, SubsetSettings
 from library.options.parser import parse, resolve
 from library.train_util import MinimalDataset

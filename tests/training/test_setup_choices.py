@@ -16,7 +16,7 @@ from library.options.effects import without_effect
 from library.options.objective import ObjectiveConfig
 from library.options.parser import parse, resolve
 from library.training.assemble import effective_options
-from library.training.data_setup import refuse_not_yet, require_masks
+from library.training.data_setup import require_masks
 from library.training.feed import DataFeed
 from library.training.model_setup import choose_attention
 from library.training.step import per_sample_loss
@@ -47,11 +47,36 @@ def test_masked_loss_without_masks_is_refused() -> None:
     require_masks(options, (DatasetSettings(subsets=(SubsetSettings(image_dir="d", alpha_mask=True),)),))
 
 
-@pytest.mark.parametrize("values", [{"validation_split": 0.1}, {"network_multiplier": 0.5}])
-def test_keys_of_features_to_come_are_refused(values: dict) -> None:
-    refuse_not_yet((DatasetSettings(),))
-    with pytest.raises(UserError, match="not supported yet"):
-        refuse_not_yet((DatasetSettings(), DatasetSettings(**values)))
+class Network(torch.nn.Module):
+    """A network that remembers its strengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strengths: list[float] = []
+
+    def set_multiplier(self, value: float) -> None:
+        self.strengths.append(value)
+
+
+def target_of(network: torch.nn.Module) -> NetworkTarget:
+    target = NetworkTarget.__new__(NetworkTarget)
+    target.network, target.multiplier, target.max_norm, target.step_hook = network, 1.0, None, None
+    target.hooks = SimpleNamespace(overridden=lambda name: False)
+    return target
+
+
+def test_the_network_has_the_strength_of_the_data_set_and_is_whole_between_steps() -> None:
+    network = Network()
+    target = target_of(network)
+    for strength in (1.0, 0.5, 0.5, 2.0):
+        target.on_step_start({"network_multipliers": torch.full((2,), strength)})
+        target.on_step_end()
+    target.on_step_start({})
+    assert network.strengths == [0.5, 1.0, 0.5, 1.0, 2.0, 1.0]
+    with pytest.raises(UserError, match="mixes"):
+        target.on_step_start({"network_multipliers": torch.tensor([1.0, 0.5])})
+    with pytest.raises(UserError, match="network_multiplier"):
+        target_of(torch.nn.Linear(1, 1)).on_step_start({"network_multipliers": torch.tensor([0.5])})
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from library import messages
 from library.data.cache import cache_latents
 from library.data.config import resolve_datasets
 from library.data.config_schema import Support
-from library.data.dataset import build_group
+from library.data.group import build_group
 from library.data.sources import scan
 from library.diffusion.schedule import make_schedule
 from library.models.family import family

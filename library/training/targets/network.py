@@ -60,6 +60,7 @@ class NetworkTarget(Target):
         self.trains_unet = trains_unet
         self.weighted_captions = weighted_captions
         self.max_norm = max_norm
+        self.multiplier = 1.0
         self.step_hook = getattr(network, "on_step_start", None)
 
     def parameter_groups(self) -> tuple[list[dict[str, Any]], list[str]]:
@@ -111,6 +112,7 @@ class NetworkTarget(Target):
         self.network.on_epoch_start(self.model.text_encoders[0], self.model.unet)
 
     def on_step_start(self, batch: Batch) -> None:
+        self._use_multiplier(batch)
         if self.hooks.overridden("on_step_start"):
             self.hooks.call(
                 "on_step_start",
@@ -124,6 +126,22 @@ class NetworkTarget(Target):
             )
         if self.step_hook is not None:
             self.step_hook(self.model.text_encoders[0], self.model.unet)
+
+    def _use_multiplier(self, batch: Batch) -> None:
+        """The strength that the batch's data set asks of the network (`network_multiplier`)."""
+        values = batch.get("network_multipliers")
+        wanted = set(values.tolist()) if isinstance(values, torch.Tensor) else {1.0}  # on the CPU: no device read
+        if len(wanted) > 1:
+            raise UserError("a batch mixes network multipliers", "give batches of one multiplier each")
+        self._set_multiplier(wanted.pop() if wanted else 1.0)
+
+    def _set_multiplier(self, value: float) -> None:
+        if value == self.multiplier:
+            return
+        if not hasattr(self.network, "set_multiplier"):
+            raise UserError("network_multiplier: this network has no strength to set", "leave the key out")
+        self.network.set_multiplier(value)
+        self.multiplier = value
 
     def encode_text(self, batch: Batch) -> Any:
         with torch.set_grad_enabled(self.trains_text):
@@ -209,7 +227,8 @@ class NetworkTarget(Target):
             super().reduce_gradients(processes)
 
     def on_step_end(self) -> dict[str, Any]:
-        """Weight-norm cap, after every micro-step."""
+        """Weight-norm cap, after every micro-step; samples and files see the network at full strength."""
+        self._set_multiplier(1.0)
         if not self.max_norm:
             return {}
         scaled, mean, largest = self.network.apply_max_norm_regularization(self.max_norm, self.accelerator.device)
