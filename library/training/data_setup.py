@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from library.models.family import Family, LoadedModel
     from library.options.parser import Resolved
 
-NETWORK_SUPPORT = Support(dreambooth=True, finetuning=True, controlnet=False, dropout=True)
-
 
 def build_data(options: Resolved, support: Support, tokenizers: list[Any], seed: int) -> DatasetGroup:
     """Scan the folders that the options name and make the group; its `validation` has the held-out pictures.
