@@ -182,7 +182,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         start = file.read(16)
     if not start:
         raise UserError(f"{path} is empty", "copy or download the file again")
-    if _is_pickle(start):
+    if is_pickle(start):
         return PickleCheckpoint(path)
     return SafetensorsCheckpoint(path)
 
@@ -191,12 +191,12 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     """The texts in a safetensors header, without reading a tensor; empty for other kinds of files."""
     path = Path(path)
     with open(path, "rb") as file:
-        if _is_pickle(file.read(16)):
+        if is_pickle(file.read(16)):
             return {}
     return SafetensorsCheckpoint(path).metadata
 
 
-def _is_pickle(start: bytes) -> bool:
+def is_pickle(start: bytes) -> bool:
     """Whether a file's first bytes are a torch pickle's (zip or plain)."""
     # A safetensors header may happen to be as long as a pickle's first byte says, so its brace decides.
     if start[8:9] == b"{" and struct.unpack("<Q", start[:8])[0] <= _MAX_HEADER:
@@ -256,9 +256,16 @@ def _fill(file: Any, tensor: torch.Tensor, path: Path) -> None:
         done += count
 
 
-def _load_pickle(path: Path) -> Mapping[str, Any]:
-    """A pickle's content, read without running anything in it."""
-    stand_ins: dict[str, type] = {}
+def load_pickle(path: Path, allowed: Sequence[type] = ()) -> Any:
+    """A pickle's content, read without running anything in it.
+
+    Args:
+        allowed: classes besides torch's own list that it may hold.
+
+    Raises:
+        UserError: truncated, no torch pickle, or one that wants to run code.
+    """
+    stand_ins: dict[str, type] = {f"{one.__module__}.{one.__name__}": one for one in allowed}
     while True:
         try:
             content = _load_weights_only(path, stand_ins)
@@ -277,6 +284,11 @@ def _load_pickle(path: Path) -> Mapping[str, Any]:
                 ) from error
             module, _, attribute = name.rpartition(".")
             stand_ins[name] = type(attribute, (), {"__module__": module, "__setstate__": lambda self, state: None})
+    return content
+
+
+def _load_pickle(path: Path) -> Mapping[str, Any]:
+    content = load_pickle(path)
     if isinstance(content, torch.nn.Module) or not isinstance(content, Mapping):
         raise UserError(f"{path} holds no model weights", "give a file with a dictionary of tensors")
     return content
