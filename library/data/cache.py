@@ -186,9 +186,12 @@ def collect_tasks(
                 family,
                 vae,
                 dtype,
+                item.orientation,
             )
             same = by_stem.setdefault(os.path.splitext(path)[0], {})
-            task = same.setdefault((path, item.bucket, item.resized, wanted.interpolation), Task(wanted, item.size))
+            task = same.setdefault(
+                (path, item.bucket, item.resized, wanted.interpolation, item.orientation), Task(wanted, item.size)
+            )
             task.users.append((dataset, index))
             # One file serves all: it has mirrored latents and a mask if anyone needs them.
             flip, alpha = task.wanted.flip or wanted.flip, task.wanted.alpha or wanted.alpha

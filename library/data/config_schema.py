@@ -119,6 +119,7 @@ SUBSET_KEYS: Mapping[str, Rule] = {
     "token_warmup_min": INT,
     "token_warmup_step": NUMBER,
     "resize_interpolation": RESIZE,
+    "ignore_exif_orientation": BOOL,
     "custom_attributes": TABLE,
 }
 DROPOUT_KEYS: Mapping[str, Rule] = {

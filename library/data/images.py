@@ -1,7 +1,6 @@
 """Pictures: reading, resizing, cropping, flips and colour changes, and the numbers that describe the crop.
 
-Arrays are uint8, height x width x 3 (RGB) or 4 (RGBA). Sizes are (width, height). EXIF orientation is not applied,
-neither to sizes nor to pixels, as in sd-scripts 0.7.0.
+Arrays are uint8, height x width x 3 (RGB) or 4 (RGBA). Sizes are (width, height).
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from PIL import Image
 
 from library.data.buckets import Size
 from library.data.listing import picture_suffixes
+from library.data.orientation import AS_STORED, turn
 from library.messages import UserError
 
 OPENCV_METHODS = {
@@ -30,12 +30,13 @@ OPENCV_METHODS = {
 }
 
 
-def read_image(path: str | os.PathLike[str], *, alpha: bool = False) -> np.ndarray:
+def read_image(path: str | os.PathLike[str], *, alpha: bool = False, orientation: int = AS_STORED) -> np.ndarray:
     """Pixels of a picture file.
 
     Args:
         path: the file.
         alpha: give a fourth channel, 255 everywhere if the file has no transparency.
+        orientation: how the stored pixels are turned, see `library.data.orientation`.
 
     Returns:
         uint8 (height, width, 3 or 4). Colours under transparent pixels stay as stored.
@@ -46,19 +47,29 @@ def read_image(path: str | os.PathLike[str], *, alpha: bool = False) -> np.ndarr
     picture_suffixes()  # teaches Pillow the formats of plug-ins, once a process
     try:
         with Image.open(path) as file:
-            pixels = np.asarray(file if file.mode == "RGB" else file.convert("RGB"))
+            pixels = _rgb(file)
             if not alpha:
-                return pixels
+                return turn(pixels, orientation)
             if "A" in file.getbands() or "transparency" in file.info:
                 mask = np.asarray(file.convert("RGBA").getchannel("A"))
             else:
                 mask = np.full(pixels.shape[:2], 255, dtype=np.uint8)
-            return np.dstack([pixels, mask])
+            return turn(np.dstack([pixels, mask]), orientation)
     except FileNotFoundError:
         raise UserError(f"picture not found: {path}", "restore it, or start again without it") from None
     except Exception as error:  # Pillow's plug-ins raise many kinds, SyntaxError among them
         reason = str(error) or type(error).__name__
         raise UserError(f"cannot read picture {path} ({reason})", "replace or remove the file") from error
+
+
+def _rgb(file: Image.Image) -> np.ndarray:
+    """The pixels as RGB; of 16-bit grey the upper 8 bits, which Pillow's own conversion would clip to white."""
+    if file.mode == "RGB":
+        return np.asarray(file)
+    if file.mode.startswith("I") and file.format == "PNG":
+        grey = (np.asarray(file).astype(np.int32) >> 8).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    return np.asarray(file.convert("RGB"))
 
 
 def resize(image: np.ndarray, size: Size, interpolation: str | None = None) -> np.ndarray:

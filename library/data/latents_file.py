@@ -60,6 +60,7 @@ class Wanted:
         family: `sd` or `sdxl`.
         vae: identity of the VAE; empty: unknown, not compared.
         dtype: the VAE computes in it; empty: not compared.
+        orientation: how the stored pixels are turned before anything else, 1: not at all.
     """
 
     source: str
@@ -71,6 +72,7 @@ class Wanted:
     family: str = "sd"
     vae: str = ""
     dtype: str = ""
+    orientation: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,8 @@ def key_text(wanted: Wanted, state: SourceState) -> str:
     """The `cache_key` of latents made as wanted from a picture in this state."""
     key = asdict(wanted)
     del key["source"], key["flip"], key["alpha"]
+    if wanted.orientation == 1:  # as in files from before pictures were turned
+        del key["orientation"]
     return json.dumps({"version": 1, **key, "source": asdict(state)})
 
 
@@ -254,6 +258,8 @@ def judge(path: str | os.PathLike[str], wanted: Wanted, *, skip_check: bool = Fa
         return reason
     if key.get("version") != 1 or key.get("interpolation") != wanted.interpolation:
         return "other settings"
+    if key.get("orientation", 1) != wanted.orientation:
+        return "turned otherwise"
     if wanted.vae and key.get("vae") and key["vae"] != wanted.vae:
         return "other VAE"
     if wanted.dtype and key.get("dtype") and key["dtype"] != wanted.dtype:
@@ -269,6 +275,8 @@ def _judge_foreign(path: str | os.PathLike[str], header: Header, wanted: Wanted)
         return OTHER
     if (reason := _missing(header, wanted)) is not None:
         return reason
+    if wanted.orientation != 1:  # other programs cache pictures as stored
+        return "turned otherwise"
     return VALID if original_accepts(wanted.bucket, path, wanted.flip) else "older format"
 
 

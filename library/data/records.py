@@ -21,6 +21,7 @@ class SubsetSettings:
         face_crop_aug_range: (smallest, largest) share of the shorter side that a face takes.
         token_warmup_step: step at which all caption parts are used; below 1 a share of all steps.
         resize_interpolation: how pictures are resized; None: the data set's way, else area.
+        ignore_exif_orientation: pictures are used as stored, even where their EXIF data say to turn them.
         custom_attributes: handed on in the batch untouched.
     """
 
@@ -51,6 +52,7 @@ class SubsetSettings:
     caption_tag_dropout_rate: float = 0.0
     alpha_mask: bool = False
     resize_interpolation: str | None = None
+    ignore_exif_orientation: bool = False
     cache_info: bool = False
     custom_attributes: dict[str, Any] | None = None
 
@@ -95,7 +97,7 @@ class Item:
         key: identity in the data set and in messages; for folders the path `image_dir/name`.
         path: file of the picture.
         caption: as read from its source, unprocessed.
-        size: (width, height) of the file, EXIF orientation not applied.
+        size: (width, height) of the picture, turned as `orientation` says.
         repeats: how often it stands in an epoch.
         is_reg: regularisation picture.
         subset: index into `DatasetSettings.subsets`.
@@ -103,6 +105,7 @@ class Item:
         resized: size before the crop, set by the bucket maker.
         latents_npz: latent cache file, set by the cache.
         text_npz: text output cache file, set by the cache.
+        orientation: how the stored pixels are turned, see `library.data.orientation`; 1: not at all.
     """
 
     key: str
@@ -116,6 +119,7 @@ class Item:
     resized: Size | None = None
     latents_npz: str | None = None
     text_npz: str | None = None
+    orientation: int = 1
 
 
 @dataclass(slots=True)

@@ -52,7 +52,7 @@ def sample_of_picture(
         UserError: the file cannot be read, or its size does not fit.
     """
     assert settings.resolution is not None and item.bucket is not None
-    image = images.read_image(item.path, alpha=subset.alpha_mask)
+    image = images.read_image(item.path, alpha=subset.alpha_mask, orientation=item.orientation)
     if settings.enable_bucket:
         original = (image.shape[1], image.shape[0])
         image = _cut_to_bucket(image, item, interpolation(settings, subset), draw if subset.random_crop else None)
@@ -75,7 +75,7 @@ def picture_for_cache(item: Item, subset: SubsetSettings, settings: DatasetSetti
     Returns:
         uint8 (H, W, 3), or 4 channels where the subset uses alpha masks.
     """
-    image = images.read_image(item.path, alpha=subset.alpha_mask)
+    image = images.read_image(item.path, alpha=subset.alpha_mask, orientation=item.orientation)
     return _cut_to_bucket(image, item, interpolation(settings, subset), None)
 
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from library.data.captions import tags_of
-from library.data.image_size import image_size, read_bytes
+from library.data.image_size import image_size, read_bytes, size_and_orientation
 from library.data.listing import UNREAD_SUFFIXES, Listing, list_folder, picture_count
+from library.data.orientation import AS_STORED, orientation_of, turned_size
 from library.data.records import DatasetSettings, Item, ScanResult, Size, SubsetSettings
 from library.data.validation import hold_out
 from library.messages import UserError
@@ -169,9 +170,13 @@ def _read_folder(subset: SubsetSettings, index: int, *, check_pixels: bool) -> F
     cache = os.path.join(subset.image_dir, INFO_FILE)
     if subset.cache_info and (known := _read_info(cache)) is not None:
         folder = Folder(notes=[f"captions and sizes come from {cache}: delete it after changes in the folder"])
-        for name, (caption, size) in known.items():
+        for name, (caption, stored, orientation) in known.items():
             path = os.path.join(subset.image_dir, name)
-            folder.items.append(Item(path, path, caption, size, subset.num_repeats, subset.is_reg, index))
+            turned = AS_STORED if subset.ignore_exif_orientation else _orientation(path, orientation)
+            size = turned_size(stored, turned)
+            folder.items.append(
+                Item(path, path, caption, size, subset.num_repeats, subset.is_reg, index, orientation=turned)
+            )
         return folder
     try:
         listing = list_folder(subset.image_dir)
@@ -179,7 +184,7 @@ def _read_folder(subset: SubsetSettings, index: int, *, check_pixels: bool) -> F
         raise UserError(f"cannot read folder {subset.image_dir} ({error.strerror})", "check its permissions") from error
     folder = _read_files(subset, index, listing, check_pixels=check_pixels)
     if subset.cache_info and not folder.broken:
-        _write_info(cache, folder.items)
+        _write_info(cache, folder.items, as_stored=subset.ignore_exif_orientation)
     return folder
 
 
@@ -195,7 +200,7 @@ def _read_files(subset: SubsetSettings, index: int, listing: Listing, *, check_p
         """One picture, or a text that says what is broken."""
         path = picture = prefix + name
         try:
-            size = image_size(path)
+            size, orientation = seen_size(path, subset)
             if check_pixels:
                 _decode(path)
             caption_file = find_caption(name)
@@ -205,7 +210,9 @@ def _read_files(subset: SubsetSettings, index: int, listing: Listing, *, check_p
             else:
                 path = prefix + caption_file
                 caption = read_caption(path, every_line=subset.enable_wildcard)
-            return Item(picture, picture, caption, size, subset.num_repeats, subset.is_reg, index)
+            return Item(
+                picture, picture, caption, size, subset.num_repeats, subset.is_reg, index, orientation=orientation
+            )
         except UnicodeDecodeError:
             return f"{path} (a caption that is not UTF-8)"
         except EOFError:
@@ -221,6 +228,18 @@ def _read_files(subset: SubsetSettings, index: int, listing: Listing, *, check_p
     if missing:
         folder.notes.append(_missing_note(subset, sorted(missing), listing))
     return folder
+
+
+def seen_size(path: str, subset: SubsetSettings) -> tuple[Size, int]:
+    """(width, height) of a picture as it is trained on, and how its stored pixels are turned for that.
+
+    Raises:
+        OSError: as `image_size`.
+    """
+    if subset.ignore_exif_orientation:
+        return image_size(path), AS_STORED
+    size, orientation = size_and_orientation(path)
+    return turned_size(size, orientation), orientation
 
 
 def _decode(path: str) -> None:
@@ -292,8 +311,10 @@ def _map(function: Callable[[Argument], Result], arguments: Sequence[Argument]) 
         return results + list(pool.map(function, rest))
 
 
-def _read_info(path: str) -> dict[str, tuple[str, Size]] | None:
-    """File name -> (caption, size) as `cache_info` left them; None if there is no such file or it is broken."""
+def _read_info(path: str) -> dict[str, tuple[str, Size, int | None]] | None:
+    """File name -> (caption, stored size, EXIF orientation if noted) as `cache_info` left them; None if there is no
+    such file or it is broken.
+    """
     try:
         with open(path, encoding="utf-8") as file:
             entries = json.load(file)
@@ -301,6 +322,7 @@ def _read_info(path: str) -> dict[str, tuple[str, Size]] | None:
             re.split(r"[\\/]", key)[-1]: (
                 str(entry["caption"]),
                 (int(entry["resolution"][0]), int(entry["resolution"][1])),
+                entry.get("orientation"),
             )
             for key, entry in entries.items()
         }
@@ -308,10 +330,28 @@ def _read_info(path: str) -> dict[str, tuple[str, Size]] | None:
         return None
 
 
-def _write_info(path: str, items: Iterable[Item]) -> None:
-    entries = {item.path: {"caption": item.caption, "resolution": list(item.size)} for item in items}
+def _write_info(path: str, items: Iterable[Item], *, as_stored: bool) -> None:
+    # sizes as stored, as other programs write and read them, which know no orientation
+    entries = {
+        item.path: {
+            "caption": item.caption,
+            "resolution": list(turned_size(item.size, item.orientation)),
+            "orientation": _orientation(item.path, None if as_stored else item.orientation),
+        }
+        for item in items
+    }
     with atomic_write(path, "w") as file:
         json.dump(entries, file, ensure_ascii=False, indent=2)
+
+
+def _orientation(path: str, noted: int | None) -> int:
+    """A picture's EXIF orientation, from its file where it is not noted (by other programs)."""
+    if noted in range(1, 9):
+        return int(noted)
+    try:
+        return orientation_of(path)
+    except OSError:  # a picture that went is named when it is used
+        return AS_STORED
 
 
 def _count_tags(table: dict[str, dict[str, int]], subset: SubsetSettings, items: Iterable[Item]) -> None:

@@ -12,6 +12,7 @@ OWN: dict[str, str] = {
     "dry_run": "the effective settings without a run",
     "gradient_checkpointing_interval": "a choice between all blocks and none",
     "json": "output of the model tools for other programs",
+    "ignore_exif_orientation": "photographs stand upright; byte compatibility with the original",
     "on_bad_image": "one broken picture need not stop a run",
 }
 

@@ -72,6 +72,10 @@ class DatasetConfig:
         "how pictures are resized; area when left out",
         choices=("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area"),
     )
+    ignore_exif_orientation: bool = option(
+        False,
+        "use pictures as they are stored, as sd-scripts does; otherwise they are turned as their EXIF data say",
+    )
     alpha_mask: bool = option(False, "weigh the loss by the pictures' alpha channel: transparent places do not count")
     cache_info: bool = option(False, "remember sizes and captions of the pictures in a file, for a faster start")
     cache_latents: bool = option(False, "encode every picture once before training and keep its latents in memory")

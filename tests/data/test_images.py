@@ -214,11 +214,13 @@ def test_reading_modes(tmp_path):
     assert rgb.tolist() == [[[1, 2, 3], [4, 5, 6]]]
     assert rgba[..., 3].tolist() == [[255, 0]]
 
-    deep = Image.fromarray(np.full((2, 2), 1000, np.uint16))
-    assert (read(deep)[0] == 255).all()
+    deep = Image.fromarray(np.array([[0, 1000], [0x8000, 0xFFFF]], np.uint16))
+    rgb, rgba = read(deep)  # the upper 8 bits; clipped by Pillow, and so nearly white, in the original
+    assert rgb.tolist() == [[[v] * 3 for v in row] for row in [[0, 3], [128, 255]]]
+    assert (rgba[..., 3] == 255).all()
 
 
-def test_orientation_is_ignored(tmp_path):
+def test_pixels_are_as_stored_unless_a_turn_is_asked_for(tmp_path):
     picture = Image.fromarray(gradient((20, 10)))
     exif = picture.getexif()
     exif[0x0112] = 6

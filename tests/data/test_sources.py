@@ -202,8 +202,8 @@ def test_cache_info_is_written_and_read_again(tmp_path: Path) -> None:
     first = sources.scan(settings_of(subset))
     path = tmp_path / "d" / "metadata_cache.json"
     assert json.loads(path.read_text(encoding="utf-8")) == {
-        str(tmp_path / "d" / "a.png"): {"caption": "x", "resolution": [8, 9]},
-        str(tmp_path / "d" / "b.png"): {"caption": "t", "resolution": [7, 8]},
+        str(tmp_path / "d" / "a.png"): {"caption": "x", "resolution": [8, 9], "orientation": 1},
+        str(tmp_path / "d" / "b.png"): {"caption": "t", "resolution": [7, 8], "orientation": 1},
     }
     (tmp_path / "d" / "a.txt").write_text("changed")
     again = sources.scan(settings_of(subset))
