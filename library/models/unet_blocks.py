@@ -5,6 +5,7 @@ In every level attentions come before resnets: the order of modules decides the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -89,11 +90,15 @@ class CrossAttnDownBlock2D(nn.Module):
         temb: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """-> (result, every layer's result for the skip connections)."""
+        """-> (result, every layer's result for the skip connections).
+
+        `encoder_hidden_states`: text (B, L, D) for all attentions, or (attentions, B, L, D) with one entry for each.
+        """
         skips = []
-        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
+        states = states_per_attention(encoder_hidden_states, len(self.attentions))
+        for resnet, attention, context in zip(self.resnets, self.attentions, states, strict=True):
             hidden_states = run_segment(resnet, hidden_states, temb)
-            hidden_states = run_segment(attention, hidden_states, encoder_hidden_states, None, False)[0]
+            hidden_states = run_segment(attention, hidden_states, context, None, False)[0]
             skips.append(hidden_states)
         return _downsample(self.downsamplers, hidden_states, skips)
 
@@ -129,7 +134,8 @@ class UNetMidBlock2DCrossAttn(nn.Module):
         encoder_hidden_states: torch.Tensor | None = None,
     ) -> torch.Tensor:
         hidden_states = run_segment(self.resnets[0], hidden_states, temb)
-        hidden_states = run_segment(self.attentions[0], hidden_states, encoder_hidden_states, None, False)[0]
+        (context,) = states_per_attention(encoder_hidden_states, 1)
+        hidden_states = run_segment(self.attentions[0], hidden_states, context, None, False)[0]
         return run_segment(self.resnets[1], hidden_states, temb)
 
 
@@ -210,12 +216,23 @@ class CrossAttnUpBlock2D(nn.Module):
         encoder_hidden_states: torch.Tensor | None = None,
         upsample_size: tuple[int, int] | None = None,
     ) -> torch.Tensor:
-        """`res_hidden_states_tuple`: one skip entry per resnet, taken from its end."""
-        layers = zip(self.resnets, self.attentions, reversed(res_hidden_states_tuple), strict=True)
-        for resnet, attention, skip in layers:
+        """`res_hidden_states_tuple`: one skip entry per resnet, taken from its end.
+
+        `encoder_hidden_states`: see `CrossAttnDownBlock2D.forward`.
+        """
+        states = states_per_attention(encoder_hidden_states, len(self.attentions))
+        layers = zip(self.resnets, self.attentions, reversed(res_hidden_states_tuple), states, strict=True)
+        for resnet, attention, skip, context in layers:
             hidden_states = run_segment(resnet, torch.cat([hidden_states, skip], dim=1), temb)
-            hidden_states = run_segment(attention, hidden_states, encoder_hidden_states, None, False)[0]
+            hidden_states = run_segment(attention, hidden_states, context, None, False)[0]
         return hidden_states if self.upsamplers is None else self.upsamplers[0](hidden_states, upsample_size)
+
+
+def states_per_attention(states: torch.Tensor | None, count: int) -> Sequence[torch.Tensor | None]:
+    """Text states for each of `count` attentions: entries of a leading axis, or the same (B, L, D) for all."""
+    if states is None or states.ndim == 3:
+        return [states] * count
+    return states.unbind(0)
 
 
 def _attention_arguments(

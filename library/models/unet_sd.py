@@ -6,12 +6,14 @@ modules and parameter groups in files; it is part of the interface.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import nn
 
+from library.messages import UserError
 from library.models.layers import (
     RESNET_EPS,
     SampleOutput,
@@ -107,28 +109,42 @@ class UNet2DConditionModel(UNetSwitches):
         Args:
             sample: latents (B, in_channels, H, W), any H and W.
             timestep: number, 0-d tensor, or (1) or (B); fractions are kept.
-            encoder_hidden_states: text (B, L, cross_attention_dim).
+            encoder_hidden_states: text (B, L, cross_attention_dim); or (attentions, B, L, cross_attention_dim) with
+                an entry for each cross-attention in forward order (XTI: 16).
             class_labels: not used.
             return_dict: an object with `sample`, else a 1-tuple.
             down_block_additional_residuals: added to the skip connections (ControlNet), one each.
             mid_block_additional_residual: added to the middle block's output.
         """
-        context = cast_once(encoder_hidden_states)
+        contexts = self._contexts(cast_once(encoder_hidden_states))
         temb = self._embed_time(timestep, sample)
         h = self.conv_in(sample)
         skips = [h]
         for block in self.down_blocks:
-            h, entries = block(h, temb, context) if block.has_cross_attention else block(h, temb)
+            h, entries = block(h, temb, next(contexts)) if block.has_cross_attention else block(h, temb)
             skips.extend(entries)
         if down_block_additional_residuals is not None:
             # Out of place: the last skip entry is also the middle block's input, which must stay as it is.
             skips = [skip + extra for skip, extra in zip(skips, down_block_additional_residuals, strict=True)]
-        h = self.mid_block(h, temb, context)
+        h = self.mid_block(h, temb, next(contexts))
         if mid_block_additional_residual is not None:
             h = h + mid_block_additional_residual
-        h = self._up(h, skips, temb, context, sample.shape[-2:])
+        h = self._up(h, skips, temb, contexts, sample.shape[-2:])
         h = self.conv_out(self.conv_act(self.conv_norm_out(h)))
         return SampleOutput(h) if return_dict else (h,)
+
+    def _contexts(self, states: torch.Tensor) -> Iterator[torch.Tensor]:
+        """What each level with attention gets, in forward order: the states, or its share of a leading axis."""
+        blocks = (*self.down_blocks, self.mid_block, *self.up_blocks)
+        counts = [len(block.attentions) for block in blocks if block.has_cross_attention]
+        if states.ndim == 3:
+            return iter([states] * len(counts))
+        if len(states) != sum(counts):
+            raise UserError(
+                f"text states for {len(states)} layers, but this U-Net has {sum(counts)} cross-attentions",
+                "XTI works with models that have the layers of SD 1.x and 2.x",
+            )
+        return iter(states.split(counts))
 
     def _embed_time(self, timestep: torch.Tensor | float | int, sample: torch.Tensor) -> torch.Tensor:
         if not isinstance(timestep, torch.Tensor):
@@ -143,7 +159,7 @@ class UNet2DConditionModel(UNetSwitches):
         h: torch.Tensor,
         skips: list[torch.Tensor],
         temb: torch.Tensor,
-        context: torch.Tensor,
+        contexts: Iterator[torch.Tensor],
         size: torch.Size,
     ) -> torch.Tensor:
         # Sides that do not halve evenly come back by interpolating to the size of the next skip entry.
@@ -154,7 +170,7 @@ class UNet2DConditionModel(UNetSwitches):
             entries, skips = tuple(skips[-count:]), skips[:-count]
             target = tuple(skips[-1].shape[-2:]) if uneven and skips else None
             if block.has_cross_attention:
-                h = block(h, entries, temb, context, target)
+                h = block(h, entries, temb, next(contexts), target)
             else:
                 h = block(h, entries, temb, upsample_size=target)
         return h
