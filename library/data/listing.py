@@ -5,15 +5,24 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # Files that people take for pictures of a data set, though they are not read.
 UNREAD_SUFFIXES = (".avif", ".gif", ".heic", ".heif", ".jfif", ".jxl", ".psd", ".svg", ".tga", ".tif", ".tiff")
+# A folder whose files take longer than this each lies on a slow disk or network: threads wait in parallel.
+SLOW_FILE_SECONDS = 0.001
+_TRIALS = 16
 _PLUGINS = {".avif": ("pillow_avif",), ".jxl": ("pillow_jxl", "jxlpy")}
+
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
 
 
 @lru_cache(maxsize=1)
@@ -98,3 +107,14 @@ def glob_images_pathlib(dir_path: Path, recursive: bool) -> list[Path]:
     """Sorted paths of the pictures in a folder, or also in all folders below it."""
     walked: Iterable[Path] = Path(dir_path).rglob("*") if recursive else Path(dir_path).iterdir()
     return sorted(path for path in walked if is_picture(path.name) and not path.is_dir())
+
+
+def map_files(function: Callable[[Argument], Result], arguments: Sequence[Argument]) -> list[Result]:
+    """Apply a function that opens files: one after the other, or in threads where the first ones were slow."""
+    trial, rest = arguments[:_TRIALS], arguments[_TRIALS:]
+    start = time.perf_counter()
+    results = [function(argument) for argument in trial]
+    if not rest or time.perf_counter() - start < SLOW_FILE_SECONDS * len(trial):
+        return results + [function(argument) for argument in rest]
+    with ThreadPoolExecutor(16) as pool:
+        return results + list(pool.map(function, rest))

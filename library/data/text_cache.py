@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from library.data.cache import PROGRESS_SECONDS, CacheReport
+from library.data.cache import CacheReport, Share, remove_leftovers
+from library.data.cacher import WriteBehind
 from library.data.dataset import Dataset
-from library.data.latents_file import ABSENT, VALID
+from library.data.latents_file import VALID
 from library.data.text_file import FOREIGN, SUFFIX, CachedText, TextOrigin, judge, key_text, write_text
-from library.messages import UserError, log
+from library.messages import Progress, UserError, log
 
 EncodeText = Callable[[list[str]], CachedText]
 
@@ -46,6 +46,12 @@ class Task:
     caption: str
     users: list[tuple[Dataset, int]] = field(default_factory=list)
     file: str | None = None
+
+    @property
+    def path(self) -> str:
+        """The chosen cache file."""
+        assert self.file is not None
+        return self.file
 
 
 def require_fixed_captions(datasets: Sequence[Any]) -> None:
@@ -106,35 +112,38 @@ def cache_text_outputs(
     if not to_disk:
         return _cache_in_memory(members, encode, batch_size)
     report = CacheReport("text output cache")
-    folders = _tasks_by_stem(members)
-    own = [task for number, tasks in enumerate(folders) if number % processes == rank for task in tasks]
-    due = _due(own, origin, report, skip_check=skip_check)
+    share = Share(rank, processes, wait)
+    tasks = [task for same in text_tasks(members) for task in same]
+    due = _due(tasks, origin, report, skip_check=skip_check)
+    share.wait()  # nobody writes before all have looked, so that all share out the same list
+    if share.first:
+        report.removed = remove_leftovers(task.path for task in tasks)
     by_caption: dict[str, list[Task]] = {}
     for task in due:
         by_caption.setdefault(task.caption, []).append(task)
+    own = share.own(list(by_caption))
 
     def store(caption: str, entry: CachedText) -> None:
         for task in by_caption[caption]:
-            assert task.file is not None
-            write_text(task.file, entry, key_text(caption, origin))
+            write_text(task.path, entry, key_text(caption, origin))
 
-    _encode_all(list(by_caption), encode, batch_size, store)
-    if wait is not None:
-        wait()
-    for task in (task for tasks in folders for task in tasks):
-        assert task.file is not None
-        if not os.path.exists(task.file):
+    _encode_all(own, encode, batch_size, store)
+    share.wait()
+    others = by_caption.keys() - set(own)
+    for task in (task for task in due if task.caption in others):
+        if judge(task.path, task.caption, origin, skip_check=skip_check) not in (VALID, FOREIGN):
             raise UserError(
-                f"another process did not make {task.file}",
+                f"another process did not make {task.path}",
                 "the folder must be shared by all machines; or leave out --cache_text_encoder_outputs_to_disk",
             )
+    for task in tasks:
         for dataset, index in task.users:
             dataset.items[index].text_npz = task.file
-    log.info("%s%s", report, f" (process {rank + 1} of {processes})" if processes > 1 else "")
+    log.info("%s", report)
     return report
 
 
-def _tasks_by_stem(datasets: Sequence[Dataset]) -> list[list[Task]]:
+def text_tasks(datasets: Sequence[Dataset]) -> list[list[Task]]:
     """Every caption of every picture once, with its file; those of one file name stand together.
 
     A picture with two captions (two folders of one data-set file that are the same) gets a second file name, and so
@@ -159,17 +168,11 @@ def _due(tasks: Sequence[Task], origin: TextOrigin, report: CacheReport, *, skip
     """The tasks whose file must be made."""
     due, foreign = [], 0
     for task in tasks:
-        assert task.file is not None
-        verdict = judge(task.file, task.caption, origin, skip_check=skip_check)
+        verdict = judge(task.path, task.caption, origin, skip_check=skip_check)
         foreign += verdict == FOREIGN
-        if verdict in (VALID, FOREIGN):
-            report.kept += 1
-            continue
-        due.append(task)
-        if verdict == ABSENT:
-            report.made += 1
-        else:
-            report.rebuilt[verdict] += 1
+        report.count(VALID if verdict == FOREIGN else verdict)
+        if verdict not in (VALID, FOREIGN):
+            due.append(task)
     if foreign:
         log.warning(
             "%d text cache files come from another program, which did not note their captions; "
@@ -182,32 +185,30 @@ def _due(tasks: Sequence[Task], origin: TextOrigin, report: CacheReport, *, skip
 def _encode_all(
     texts: Sequence[str], encode: EncodeText, batch_size: int, store: Callable[[str, CachedText], None]
 ) -> None:
-    """Encode each caption once; `store` gets one after the other, on the CPU."""
+    """Encode each caption once; `store` gets the outputs, on the CPU, in other threads."""
     if not texts:
         return
-    log.info("caching text outputs of %d captions", len(texts))
-    said = time.monotonic()
-    for start in range(0, len(texts), batch_size):
-        batch = list(texts[start : start + batch_size])
-        outputs = CachedText(*(None if t is None else t.detach().cpu() for t in encode(batch).tensors()))
-        for row, text in enumerate(batch):
-            entry = outputs.row(row)
-            if not all(torch.isfinite(t).all() for t in entry.tensors() if t is not None):
-                raise UserError(
-                    f"the text encoders give values that are not finite for the caption {text[:80]!r}",
-                    "use --mixed_precision bf16 or no",
-                )
-            store(text, entry)
-        if time.monotonic() - said > PROGRESS_SECONDS:
-            said = time.monotonic()
-            log.info("caching text outputs: %d of %d", start + len(batch), len(texts))
+    with Progress(len(texts), "caching text outputs") as progress, WriteBehind() as writers:
+        for start in range(0, len(texts), batch_size):
+            batch = list(texts[start : start + batch_size])
+            outputs = CachedText(*(None if t is None else t.detach().cpu() for t in encode(batch).tensors()))
+            for row, text in enumerate(batch):
+                entry = outputs.row(row)
+                if not all(torch.isfinite(t).all() for t in entry.tensors() if t is not None):
+                    raise UserError(
+                        f"the text encoders give values that are not finite for the caption {text[:80]!r}",
+                        "use --mixed_precision bf16 or no",
+                    )
+                writers.submit(store, text, entry)
+            progress.update(len(batch))
 
 
 def _cache_in_memory(datasets: Sequence[Dataset], encode: EncodeText, batch_size: int) -> CacheReport:
     texts = [[dataset.fixed_caption(item) for item in dataset.items] for dataset in datasets]
     unique = list(dict.fromkeys(text for members in texts for text in members))
-    entries: list[CachedText] = []
-    _encode_all(unique, encode, batch_size, lambda text, entry: entries.append(entry))
+    by_text: dict[str, CachedText] = {}
+    _encode_all(unique, encode, batch_size, by_text.__setitem__)
+    entries = [by_text[text] for text in unique]
     # One tensor of each kind: loader workers that are spawned share a few large blocks instead of many small ones.
     columns = zip(*(entry.tensors() for entry in entries), strict=True)
     stacked = (

@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ _FULL_WORDS = re.compile(
     re.IGNORECASE,
 )
 MARGIN = 16 * 2**20
+# Of this program's folder among those of others.
+NAME = "sd-training-toolkit"
 # Temporary paths of the files that are being written now.
 _partials: set[Path] = set()
 
@@ -119,6 +122,25 @@ def format_bytes(size: int) -> str:
         if size >= scale:
             return f"{size / scale:.1f} {unit}"
     return f"{size} bytes"
+
+
+def user_cache_folder() -> Path | None:
+    """Where files go that may be lost at any time and are made again; it need not exist yet.
+
+    `SD_TOOLKIT_CACHE` names it (empty: none); else it is the system's cache folder of this user.
+    """
+    chosen = os.environ.get("SD_TOOLKIT_CACHE")
+    if chosen is not None:
+        return Path(chosen).absolute() if chosen else None
+    try:
+        home = Path.home()
+    except RuntimeError:  # a user without a home
+        return None
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local") / NAME / "cache"
+    if sys.platform == "darwin":
+        return home / "Library" / "Caches" / NAME
+    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / NAME
 
 
 @contextlib.contextmanager

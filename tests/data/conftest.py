@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -61,3 +64,18 @@ def same(a, b) -> bool:
     return a.keys() == b.keys() and all(
         torch.equal(a[key], b[key]) if torch.is_tensor(a[key]) else a[key] == b[key] for key in a
     )
+
+
+def side_by_side(process: Callable, count: int = 2) -> list:
+    """Results of `process(rank, wait)` run at once in threads that stand for processes."""
+    barrier = threading.Barrier(count)
+
+    def run(rank: int):
+        try:
+            return process(rank, lambda: barrier.wait(60))
+        except BaseException:
+            barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(run, range(count)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from library.data.cache import cache_latents, collect_tasks, encoding_batches
+from library.data.cache import cache_latents
+from library.data.cache_tasks import collect_tasks, encoding_batches
 from library.data.classic import (
     is_disk_cached_latents_is_expected,
     load_latents_from_disk,
@@ -26,7 +28,7 @@ from library.data.latents_file import fingerprint, read_header, read_latents
 from library.data.loader import make_loader
 from library.data.records import DatasetSettings, Item, ScanResult, SubsetSettings
 from library.messages import UserError
-from tests.data.conftest import ByteTokens, block_means, same
+from tests.data.conftest import ByteTokens, block_means, same, side_by_side
 
 ELSEWHERE = {"text_encoder_outputs"}  # test_text_cache.py
 
@@ -334,21 +336,37 @@ def test_skipping_the_check_takes_any_file(shapes, make_group):
 
 
 def test_processes_make_their_shares(shapes, make_group):
-    seen = []
-    for rank in (0, 1):
+    def process(rank, wait):
         group = make_group(shapes, sizes=(128, 192))
-        others = {}
-
-        def wait(rank=rank, others=others):
-            # The other process works meanwhile.
-            if rank == 0:
-                other, _ = cache(make_group(shapes, sizes=(128, 192)), rank=1, processes=2, wait=lambda: None)
-                others["pictures"] = other.pictures
-
         encode, _ = cache(group, rank=rank, processes=2, wait=wait)
-        seen.append((encode.pictures, others.get("pictures")))
         assert all(item.latents_npz for dataset in group.datasets for item in dataset.items)
-    assert seen == [(6, 6), (0, None)]
+        return encode.pictures
+
+    assert side_by_side(process) == [6, 6]
+    for path in sorted(shapes.glob("*.npz"))[:3]:
+        path.unlink()  # however they are spread, the rest is shared out evenly
+    assert sorted(side_by_side(process)) == [1, 2]
+    assert side_by_side(process) == [0, 0]
+
+
+def test_one_and_two_processes_make_equal_files(shapes, make_group, tmp_path):
+    shutil.copytree(shapes, tmp_path / "two")
+    cache(make_group(shapes, sizes=(128, 192), flip_aug=True), batch_size=2)
+    side_by_side(
+        lambda rank, wait: cache(
+            make_group(tmp_path / "two", sizes=(128, 192), flip_aug=True),
+            batch_size=2,
+            rank=rank,
+            processes=2,
+            wait=wait,
+        )
+    )
+    names = sorted(path.name for path in shapes.glob("*.npz"))
+    assert names == sorted(path.name for path in (tmp_path / "two").glob("*.npz")) and len(names) == 12
+    for name in names:
+        one, two = (read_latents(folder / name) for folder in (shapes, tmp_path / "two"))
+        assert torch.equal(one.latents, two.latents) and torch.equal(one.flipped, two.flipped)
+        assert (one.original, one.ltrb) == (two.original, two.ltrb)
 
 
 def test_a_share_that_was_not_made_is_noticed(shapes, make_group):

@@ -14,7 +14,7 @@ from library.data.loader import make_loader
 from library.data.text_cache import cache_text_outputs
 from library.data.text_file import SUFFIX, CachedText, TextOrigin, read_text, write_text
 from library.messages import UserError
-from tests.data.conftest import same
+from tests.data.conftest import same, side_by_side
 from tests.data.test_cache import described, gradient
 
 ORIGIN = TextOrigin(77, (4, 6, 6), "encoders a", "float32")
@@ -230,15 +230,24 @@ def test_values_that_are_not_finite_name_the_caption(shapes, make_group):
 
 
 def test_processes_share_the_work(shapes, make_group):
-    """Process 0 of 2 makes half of the files; the other finds them when it has made its own."""
     encoders = [Encoder(), Encoder()]
-    first = make_group(shapes)
-    second = make_group(shapes)
-    with pytest.raises(UserError, match="another process did not make"):
-        cache_text_outputs(first.datasets, encoders[0], ORIGIN, to_disk=True, rank=0, processes=2)
-    report = cache_text_outputs(second.datasets, encoders[1], ORIGIN, to_disk=True, rank=1, processes=2)
-    assert report.made == 3 and len(encoders[0].captions) == len(encoders[1].captions) == 3
+
+    def process(rank, wait):
+        group = make_group(shapes)
+        report = cache_text_outputs(
+            group.datasets, encoders[rank], ORIGIN, to_disk=True, rank=rank, processes=2, wait=wait
+        )
+        assert all(item.text_npz for item in group.datasets[0].items)
+        return report.made
+
+    assert side_by_side(process) == [6, 6]
+    assert len(encoders[0].captions) == len(encoders[1].captions) == 3
     assert not set(encoders[0].captions) & set(encoders[1].captions)
+
+
+def test_a_share_that_was_not_made_is_noticed(shapes, make_group):
+    with pytest.raises(UserError, match="another process did not make"):
+        cache_text_outputs(make_group(shapes).datasets, Encoder(), ORIGIN, to_disk=True, rank=0, processes=2)
 
 
 def test_the_group_asks_its_encoding_function_and_foreign_members(shapes, make_group):

@@ -1,0 +1,207 @@
+"""Sizes and orientations of a folder's pictures, remembered between runs.
+
+A file whose size and times (of modification and of status change, to the nanosecond) are as before is not opened
+again. One index file a folder lies in the user's cache folder (`library.runtime.files.user_cache_folder`); it may be
+deleted at any time, and it is replaced as a whole, so that several processes can read and write it at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import sys
+import time
+import zlib
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from library.data.image_size import Size, size_and_orientation
+from library.data.listing import map_files
+from library.messages import UserError, log
+from library.runtime.files import atomic_write, user_cache_folder
+
+# (size as stored, EXIF orientation); pictures that agree in both share one.
+Facts = tuple[Size, int]
+
+# Smaller folders are read sooner than an index file is.
+FEWEST = 64
+# A file that changed so short a time ago may change again without its times showing it.
+FRESH_SECONDS = 2.0
+_MARK = f"picture sizes 1 {sys.byteorder}\n".encode()
+# Checksum of what follows; bytes of the names; numbers of pictures and of different facts.
+_HEADER = struct.Struct("<Iqqq")
+
+
+@dataclass(slots=True)
+class _Index:
+    """What is known of a folder: in equal order names, states of the files, and places of their facts in `table`."""
+
+    names: list[str] = field(default_factory=list)
+    sizes: array = field(default_factory=lambda: array("q"))
+    modified: array = field(default_factory=lambda: array("q"))
+    changed: array = field(default_factory=lambda: array("q"))
+    places: array = field(default_factory=lambda: array("q"))
+    table: list[Facts] = field(default_factory=list)
+
+    def add(self, name: str, state: tuple[int, int, int], place: int) -> None:
+        self.names.append(name)
+        for column, value in zip((self.sizes, self.modified, self.changed, self.places), (*state, place), strict=True):
+            column.append(value)
+
+
+def picture_facts(folder: str | os.PathLike[str], names: Sequence[str]) -> list[Facts | OSError]:
+    """Size as stored and EXIF orientation of pictures of one folder.
+
+    Args:
+        folder: the folder.
+        names: of its files, each once.
+
+    Returns:
+        one for each name; an `OSError` where the file cannot be opened or is no picture.
+    """
+    file = _index_file(folder) if len(names) >= FEWEST else None
+    known = _read(file) if file is not None else _Index()
+    found: list[Facts | OSError | None] = list(_unchanged(folder, names, known))
+    unknown = [position for position, facts in enumerate(found) if facts is None]
+    if not unknown:
+        return found  # type: ignore[return-value]
+    prefix = os.path.join(folder, "")
+    fresh = (time.time() - FRESH_SECONDS) * 1e9
+    states: dict[str, tuple[int, int, int]] = {}
+
+    def read(position: int) -> Facts | OSError:
+        name = names[position]
+        try:
+            state = os.stat(prefix + name)  # before the file is read, so that a later change shows
+            facts = size_and_orientation(prefix + name)
+        except OSError as error:
+            return error
+        if max(state.st_mtime_ns, state.st_ctime_ns) < fresh:
+            states[name] = (state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+        return facts
+
+    shared: dict[Facts, Facts] = {facts: facts for facts in known.table}
+    for position, facts in zip(unknown, map_files(read, unknown), strict=True):
+        found[position] = facts if isinstance(facts, OSError) else shared.setdefault(facts, facts)
+    if file is not None and states:
+        _write(file, _merged(known, names, found, states, {names[position] for position in unknown}))
+    return found  # type: ignore[return-value]
+
+
+def facts_of_paths(paths: Iterable[str]) -> dict[str, Facts | OSError]:
+    """The same for pictures in any folders, by path."""
+    folders: dict[str, dict[str, str]] = {}
+    for path in paths:
+        folder, name = os.path.split(path)
+        folders.setdefault(folder, {})[name] = path
+    result: dict[str, Facts | OSError] = {}
+    for folder, members in folders.items():
+        result.update(zip(members.values(), picture_facts(folder or os.curdir, list(members)), strict=True))
+    return result
+
+
+def _unchanged(folder: str | os.PathLike[str], names: Sequence[str], known: _Index) -> list[Facts | None]:
+    """The known facts of files that did not change."""
+    if not known.names:
+        return [None] * len(names)
+    sizes, modified, changed, places, table = known.sizes, known.modified, known.changed, known.places, known.table
+    prefix, handle = os.path.join(folder, ""), None
+    if os.stat in os.supports_dir_fd:  # spares the system the way through the folders above
+        prefix, handle = "", os.open(folder, os.O_RDONLY)
+
+    def check(entry: tuple[str, int | None]) -> Facts | None:
+        name, at = entry
+        if at is None:
+            return None
+        try:
+            state = os.stat(prefix + name, dir_fd=handle)
+        except OSError:
+            return None
+        same = state.st_size == sizes[at] and state.st_mtime_ns == modified[at] and state.st_ctime_ns == changed[at]
+        return table[places[at]] if same else None
+
+    at: Iterable[int | None] = range(len(names))
+    if known.names != names:
+        at = map(dict(zip(known.names, range(len(known.names)), strict=True)).get, names)
+    try:
+        return map_files(check, list(zip(names, at, strict=True)))
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _merged(
+    known: _Index,
+    names: Sequence[str],
+    found: Sequence[Facts | OSError | None],
+    states: dict[str, tuple[int, int, int]],
+    unknown: set[str],
+) -> _Index:
+    """The index with what was read now; names of earlier runs stay unless they outnumber those of this one."""
+    asked = set(names)
+    others = [at for at, name in enumerate(known.names) if name not in asked]
+    before = {name: at for at, name in enumerate(known.names) if name in asked}
+    merged = _Index()
+    places: dict[Facts, int] = {}
+
+    def add(name: str, state: tuple[int, int, int], facts: Facts) -> None:
+        merged.add(name, state, places.setdefault(facts, len(places)))
+
+    def add_known(at: int) -> None:
+        state = known.sizes[at], known.modified[at], known.changed[at]
+        add(known.names[at], state, known.table[known.places[at]])
+
+    for name, facts in zip(names, found, strict=True):
+        if name not in unknown:
+            add_known(before[name])
+        elif name in states and isinstance(facts, tuple):
+            add(name, states[name], facts)
+    for at in others if len(others) <= len(names) else ():
+        add_known(at)
+    merged.table = list(places)
+    return merged
+
+
+def _index_file(folder: str | os.PathLike[str]) -> Path | None:
+    """The index file of a folder; None where this user has no cache folder."""
+    root = user_cache_folder()
+    if root is None:
+        return None
+    path = os.path.normcase(os.path.realpath(folder))
+    digest = hashlib.blake2b(path.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+    return root / "picture_sizes" / f"{digest}.index"
+
+
+def _read(file: Path) -> _Index:
+    """An index file; empty where there is none or it is broken."""
+    try:
+        data = file.read_bytes()
+        head = len(_MARK) + _HEADER.size
+        checksum, text_length, count, kinds = _HEADER.unpack_from(data, len(_MARK))
+        if data[: len(_MARK)] != _MARK or zlib.crc32(data[len(_MARK) + 4 :]) != checksum:
+            return _Index()
+        text = data[head : head + text_length].decode("utf-8", "surrogateescape")
+        numbers = array("q")
+        numbers.frombytes(data[head + text_length :])
+    except (OSError, ValueError, struct.error):
+        return _Index()
+    columns = [numbers[count * column : count * (column + 1)] for column in range(4)]
+    rest = numbers[4 * count :]
+    table = [((rest[3 * kind], rest[3 * kind + 1]), rest[3 * kind + 2]) for kind in range(kinds)]
+    return _Index(text.split("/") if count else [], *columns, table)
+
+
+def _write(file: Path, index: _Index) -> None:
+    text = "/".join(index.names).encode("utf-8", "surrogateescape")
+    table = array("q", [number for (width, height), turned in index.table for number in (width, height, turned)])
+    columns = (index.sizes, index.modified, index.changed, index.places, table)
+    body = _HEADER.pack(0, len(text), len(index.names), len(index.table))[4:]
+    body += text + b"".join(column.tobytes() for column in columns)
+    try:
+        with atomic_write(file) as stream:
+            stream.write(_MARK + zlib.crc32(body).to_bytes(4, "little") + body)
+    except (UserError, OSError) as error:  # a full or read-only disk costs time at the next start, nothing else
+        log.debug("sizes of pictures are not remembered: %s", error)
