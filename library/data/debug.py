@@ -1,29 +1,37 @@
-"""`--debug_dataset`: says what the batches of one epoch hold, and shows pictures where there is a screen."""
+"""`--debug_dataset`: says what the batches of one epoch hold, and shows their pictures: in windows or in files."""
 
 from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
 
+from library.data.sheets import Sheets
 from library.messages import log
 
 ESCAPE = 27
 
 
-def debug_dataset(train_dataset: Any, show_input_ids: bool = False) -> None:
+FOLDER = "debug_dataset"
+
+
+def debug_dataset(train_dataset: Any, show_input_ids: bool = False, folder: str | os.PathLike[str] = FOLDER) -> None:
     """Make every batch of epoch 1, say what it holds, and return.
 
-    Where pictures can be shown, each batch waits for a key: `s` next batch, `e` or Escape end.
+    Where windows can be shown, each batch waits for a key: `s` next batch, `e` or Escape end. Elsewhere a contact
+    sheet of each bucket is written.
 
     Args:
         train_dataset: a data-set group, or a data set whose items are batches.
         show_input_ids: say token ids too.
+        folder: where the contact sheets go.
     """
+    sheets = None if _has_screen() else Sheets()
     log.info("data set of %d batches", len(train_dataset))
     train_dataset.set_current_epoch(1)
     for position in range(len(train_dataset)):
@@ -32,8 +40,13 @@ def debug_dataset(train_dataset: Any, show_input_ids: bool = False) -> None:
         log.info("batch %d: %s", position, _shapes(batch))
         for line in _pictures(batch, show_input_ids):
             log.info("  %s", line)
-        if batch.get("images") is not None and _has_screen() and not _show(batch):
+        if sheets is not None:
+            sheets.add(batch)
+        elif batch.get("images") is not None and not _show(batch):
             return
+    if sheets is not None:
+        written = sheets.write(Path(folder))
+        log.info("%d contact sheets are in %s", len(written), Path(folder).resolve())
 
 
 def _shapes(batch: dict[str, Any]) -> str:

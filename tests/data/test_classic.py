@@ -247,7 +247,8 @@ def test_small_helpers(tmp_path):
     assert {".png", ".PNG", ".webp", ".JPEG"} <= set(train_util.IMAGE_EXTENSIONS)
 
 
-def test_debugging_says_what_one_epoch_holds(shapes, make_group, caplog):
+def test_debugging_says_what_one_epoch_holds(shapes, make_group, caplog, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     group = make_group(shapes)
     with caplog.at_level("INFO"):
         debug_dataset(group, show_input_ids=True)
