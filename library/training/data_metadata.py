@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
+from library.data.manifest import manifest_hash
+
 if TYPE_CHECKING:
     from library.options.parser import Resolved
 
@@ -65,6 +67,14 @@ def common_resolution(datasets: Sequence[Any]) -> tuple[int, int] | None:
     """(width, height) of the data sets if they all have the same."""
     sizes = {facts_of(dataset).resolution for dataset in datasets}
     return sizes.pop() if len(sizes) == 1 else None
+
+
+def manifest_metadata(datasets: Sequence[Any]) -> dict[str, str]:
+    """The hash that `tools/inspect_dataset.py` shows for the same pictures; nothing for foreign data sets."""
+    cores = [getattr(dataset, "core", None) or dataset for dataset in datasets]
+    if not all(hasattr(core, "items") for core in cores):
+        return {}
+    return {"ss_dataset_manifest_hash": manifest_hash(item for core in cores for item in core.items)}
 
 
 def single_dataset_metadata(options: Resolved, processes: int, dataset: DatasetFacts) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from library.training.data_metadata import (
     base_name,
     config_file_metadata,
     facts_of,
+    manifest_metadata,
     single_dataset_metadata,
 )
 
@@ -105,6 +106,7 @@ def network_metadata(options: Resolved, facts: RunFacts, datasets: Sequence[Any]
         values |= config_file_metadata(described)
     else:
         values |= single_dataset_metadata(options, facts.processes, described[0])
+    values |= manifest_metadata(datasets)
     values |= _base_files(options)
     return {key: str(value) for key, value in values.items()}
 
