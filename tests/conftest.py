@@ -11,6 +11,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["SD_TOOLKIT_CACHE"] = ""  # tests leave nothing in the user's cache folder
 
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
