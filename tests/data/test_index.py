@@ -102,6 +102,18 @@ def test_a_copy_or_another_folder_is_read_for_itself(folder, remembered, opened,
     assert opened == []
 
 
+@pytest.mark.skipif(os.name == "nt", reason="no time of status change")
+def test_an_old_time_put_back_is_noticed(folder, remembered):
+    Image.new("RGBA", (3, 4)).save(folder / "x.bmp")
+    os.utime(folder / "x.bmp", ns=(5, 5))
+    checked(folder, ["x.bmp"])
+    before = os.stat(folder / "x.bmp").st_ctime_ns
+    while os.stat(folder / "x.bmp").st_ctime_ns == before:  # until the system's clock has ticked
+        Image.new("RGBA", (4, 3)).save(folder / "x.bmp")
+        os.utime(folder / "x.bmp", ns=(5, 5))
+    checked(folder, ["x.bmp"])
+
+
 def test_fresh_files_are_not_trusted(folder, remembered, opened, monkeypatch):
     monkeypatch.setattr(index, "FRESH_SECONDS", 2.0)
     for _ in range(2):
@@ -155,15 +167,15 @@ def test_paths_in_several_folders(folder, remembered, tmp_path):
 
 
 STEP = st.tuples(
-    st.sampled_from(["write", "delete", "rename", "swap", "ask"]),
-    st.sampled_from("abc"),
-    st.sampled_from("abc"),
-    st.sampled_from([(3, 4), (4, 3), (5, 5)]),
+    st.sampled_from(["write", "write", "delete", "rename", "swap", "ask"]),
+    st.sampled_from("ab"),
+    st.sampled_from("ab"),
+    st.sampled_from([(3, 4), (4, 3)]),
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(steps=st.lists(STEP, max_size=12), fresh=st.booleans())
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=st.lists(STEP, min_size=2, max_size=12), fresh=st.booleans())
 def test_never_wrong(steps, fresh, tmp_path, monkeypatch):
     """Whatever happens to the files between two starts; BMP files of 3x4 and 4x3 pixels have equal lengths."""
     monkeypatch.setenv("SD_TOOLKIT_CACHE", str(tmp_path / "cache"))
@@ -188,4 +200,4 @@ def test_never_wrong(steps, fresh, tmp_path, monkeypatch):
             if two.exists():
                 two.replace(one)
             (folder / "other").replace(two)
-        checked(folder, ["a.bmp", "b.bmp", "c.bmp"])
+        checked(folder, ["a.bmp", "b.bmp"])
