@@ -29,7 +29,6 @@ LATER = {
     "tools_upscaler*": "picture passes besides text to image",
     **dict.fromkeys((f"tools_{name}*" for name in DATA_TOOLS), "data tools"),
     "embeddings_captions.json": "embeddings",
-    "embeddings_generation.json": "embeddings",
     "embeddings_init.json": "embeddings",
     "embeddings_templates.json": "embeddings",
     "embeddings_training*": "embeddings",

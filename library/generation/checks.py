@@ -14,8 +14,6 @@ NOT_SUPPORTED_YET = {
     "mask_path": "inpainting and regional networks",
     "guide_image_path": "guide pictures",
     "network_regional_mask_max_color_codes": "regional networks",
-    "textual_inversion_embeddings": "textual inversion embeddings",
-    "XTI_embeddings": "XTI embeddings",
     "highres_fix_scale": "the high-resolution fix",
     "control_net_models": "ControlNet",
     "control_net_lllite_models": "ControlNet-LLLite",

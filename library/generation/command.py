@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from library.generation.checks import check_options
+from library.generation.embeddings import EmbeddingFiles, add_embeddings, read_embeddings
 from library.generation.engine import Engine
 from library.generation.networks import check_networks, load_networks, network_specs, show_metadata
 from library.generation.request import SizeCondition
@@ -71,6 +72,7 @@ def open_engine(
     """Open model and networks as the options say, on the best device of this machine; `noise_device`: see `Engine`."""
     specs = network_specs(config.network_module, config.network_weights, config.network_mul, config.network_args)
     check_networks(specs)
+    embeddings = read_embeddings(config.textual_inversion_embeddings, config.XTI_embeddings)
     device, dtype = pick_device(), _dtype(config)
     model = open_model(own, config, device=device, dtype=dtype)
     if config.network_show_meta:
@@ -85,6 +87,7 @@ def open_engine(
         dtype=dtype,
         channels_last=config.opt_channels_last,
     )
+    words = add_embeddings(model, embeddings)
     return Engine(
         own,
         model,
@@ -95,8 +98,9 @@ def open_engine(
         max_chunks=image.max_embeddings_multiples or 1,
         networks=networks,
         vae_batch_size=config.vae_batch_size,
-        facts=_facts(config, model),
+        facts=_facts(config, model, embeddings),
         noise_device=noise_device,
+        words=words,
     )
 
 
@@ -149,11 +153,13 @@ def _dtype(config: ImageModelConfig) -> torch.dtype:
     return torch.bfloat16 if config.bf16 else torch.float32
 
 
-def _facts(config: ImageModelConfig, model: LoadedModel) -> dict[str, str]:
+def _facts(config: ImageModelConfig, model: LoadedModel, embeddings: EmbeddingFiles) -> dict[str, str]:
     """What the metadata of every picture say about the run."""
     facts = {"model": Path(model.source).name}
     if config.vae:
         facts["vae"] = Path(config.vae).name
     if config.clip_skip is not None:
         facts["clip-skip"] = str(config.clip_skip)
+    if embeddings.names:
+        facts["embeddings"] = ", ".join(embeddings.names)
     return facts

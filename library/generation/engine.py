@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from library.generation.denoise import OnStep
+from library.generation.embeddings import Words
 from library.generation.networks import Networks
 from library.generation.passes import guidance_of, text_to_image
 from library.generation.request import ImageRequest, SizeCondition
@@ -37,6 +38,7 @@ class Engine:
         vae_batch_size: pictures that the VAE decodes at once: a number, a share of the batch below 1, None for all.
         facts: about the run, for the metadata of every picture.
         noise_device: where noise is drawn, in float32 then; None for `device` and `dtype`.
+        words: of embedding files, in the model's tokenizers and text encoders already.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Engine:
         vae_batch_size: float | None = None,
         facts: Mapping[str, str] | None = None,
         noise_device: str | torch.device | None = None,
+        words: Words | None = None,
     ) -> None:
         self.family = family
         self.model = model
@@ -64,7 +67,7 @@ class Engine:
         self.vae_batch_size = vae_batch_size
         self.noise_device = noise_device
         self._facts = dict(facts or {})
-        self.reader = PromptReader(model.tokenizers, max_chunks)
+        self.reader = PromptReader(model.tokenizers, max_chunks, words)
 
     def batch_key(self, request: ImageRequest) -> Hashable:
         """What requests must have in common to be drawn in one batch, the length of their text included."""
