@@ -353,10 +353,7 @@ CONTRADICTIONS = {
     "samples without prompts": ("--sample_every_n_steps 1", "without --sample_prompts"),
     "logs without folder": ("--log_with tensorboard", "--log_with tensorboard without --logging_dir"),
     "rank without file": ("--dim_from_weights", "--dim_from_weights without --network_weights"),
-    "unequal rates of an adaptive optimizer": (
-        "--optimizer_type DAdaptAdam --unet_lr 1 --text_encoder_lr 2",
-        "DAdaptAdam takes one learning rate|1.0, 2.0",
-    ),
+    "rates of 0": ("--unet_lr 0 --text_encoder_lr 0", "no part of the network has a learning rate"),
     "resume of nothing": ("--resume_from_huggingface", "--resume_from_huggingface without --resume"),
     "unknown optimizer": ("--optimizer_type Adamm", "unknown optimizer 'Adamm'|did you mean Adam"),
     "missing package": ("--optimizer_type no.such.Class", "no.such.Class|pip install"),

@@ -55,11 +55,6 @@ def _trains_text(options: Resolved) -> bool:
     return not options.network.network_train_unet_only
 
 
-def _one_rate(options: Resolved) -> bool:
-    record = find_optimizer(options.optimizer.optimizer_type or "")
-    return record is not None and record.adaptive
-
-
 def _classic_folders(options: Resolved) -> bool:
     return options.dataset.dataset_config is None
 
@@ -98,8 +93,6 @@ NEEDS: tuple[Need, ...] = (
          "the optimizer is schedule-free"),
     Need(("unet_lr",), _trains_unet, "--network_train_text_encoder_only trains no U-Net part"),
     Need(("text_encoder_lr",), _trains_text, "--network_train_unet_only trains no text encoder part"),
-    Need(("unet_lr", "text_encoder_lr"), lambda options: not _one_rate(options),
-         "this optimizer uses one rate for all parts"),
     Need(("base_weights_multiplier",), _given("base_weights"), "needs --base_weights"),
     Need(("training_comment",), lambda options: not options.network.no_metadata, "--no_metadata leaves it out"),
     Need(("max_train_steps",), lambda options: not options.loop.max_train_epochs, "--max_train_epochs replaces it"),

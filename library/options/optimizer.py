@@ -45,5 +45,6 @@ class OptimizerConfig:
     )
     fused_backward_pass: bool = option(
         False,
-        "update each parameter as soon as its gradient is there, to save memory; AdaFactor without accumulation only",
+        "update each parameter as soon as its gradient is there, to save memory; AdaFactor, AdamW, Lion or SGDNesterov,"
+        " without accumulation and fp16",
     )

@@ -30,8 +30,10 @@ class OptimizerRecord:
         min_version: oldest version of the package that has the class.
         defaults: arguments that are set unless `--optimizer_args` gives them.
         note: one sentence for help and docs.
-        adaptive: finds its rate itself; `--learning_rate` is a factor near 1, and one rate serves all groups.
+        adaptive: finds its rate itself; `--learning_rate` is a factor near 1.
         schedule_free: takes no learning-rate schedule and must be told about training and evaluation.
+        fused_backward: works with `--fused_backward_pass`.
+        state_bytes: memory that it keeps for a trained number, in bytes; what is shared by many counts as nothing.
         forbids: options that cannot be combined with it.
     """
 
@@ -43,8 +45,15 @@ class OptimizerRecord:
     note: str = ""
     adaptive: bool = False
     schedule_free: bool = False
+    fused_backward: bool = False
+    state_bytes: float = 8
     aliases: tuple[str, ...] = ()
     forbids: tuple[str, ...] = ()
+
+    @property
+    def independent(self) -> bool:
+        """The update of a parameter depends on that parameter alone."""
+        return not self.adaptive and not self.schedule_free
 
 
 def _optimizer(name: str, path: str, note: str, **facts: Any) -> OptimizerRecord:
@@ -55,17 +64,22 @@ _MOMENTUM = MappingProxyType({"nesterov": True, "momentum": 0.9})
 _BNB = {"package": "bitsandbytes"}
 _DADAPT = {"package": "dadaptation", "adaptive": True}
 _FREE = {"package": "schedulefree", "schedule_free": True, "forbids": ("lr_scheduler_type",)}
-_DADAPT_NOTE = "finds its learning rate itself: set --learning_rate 1.0 and one rate for all parts"
+_DADAPT_NOTE = "finds its learning rate itself: set --learning_rate 1.0; each other rate has a step size of its own"
 
 OPTIMIZERS: tuple[OptimizerRecord, ...] = (
-    _optimizer("AdamW", "torch.optim.AdamW", "the default; two float32 moments a parameter"),
-    _optimizer("AdamW8bit", "bitsandbytes.optim.AdamW8bit", "AdamW with 8-bit moments", **_BNB),
-    _optimizer("PagedAdamW", "bitsandbytes.optim.PagedAdamW", "AdamW whose moments move to CPU memory", **_BNB),
+    _optimizer(
+        "AdamW", "torch.optim.AdamW", "the default; two float32 moments a parameter", state_bytes=8, fused_backward=True
+    ),
+    _optimizer("AdamW8bit", "bitsandbytes.optim.AdamW8bit", "AdamW with 8-bit moments", state_bytes=2, **_BNB),
+    _optimizer(
+        "PagedAdamW", "bitsandbytes.optim.PagedAdamW", "AdamW whose moments move to CPU memory", state_bytes=0, **_BNB
+    ),
     _optimizer(
         "PagedAdamW8bit",
         "bitsandbytes.optim.PagedAdamW8bit",
         "AdamW with 8-bit moments that move to CPU memory",
         min_version="0.39.0",
+        state_bytes=0,
         **_BNB,
     ),
     _optimizer(
@@ -73,25 +87,47 @@ OPTIMIZERS: tuple[OptimizerRecord, ...] = (
         "bitsandbytes.optim.PagedAdamW32bit",
         "AdamW with 32-bit moments that move to CPU memory",
         min_version="0.39.0",
+        state_bytes=0,
         **_BNB,
     ),
     _optimizer(
-        "Lion", "lion_pytorch.Lion", "sign of the momentum; a third to a tenth of AdamW's rate", package="lion-pytorch"
+        "Lion",
+        "lion_pytorch.Lion",
+        "sign of the momentum; a third to a tenth of AdamW's rate",
+        package="lion-pytorch",
+        state_bytes=4,
+        fused_backward=True,
     ),
-    _optimizer("Lion8bit", "bitsandbytes.optim.Lion8bit", "Lion with 8-bit momentum", min_version="0.38.0", **_BNB),
+    _optimizer(
+        "Lion8bit",
+        "bitsandbytes.optim.Lion8bit",
+        "Lion with 8-bit momentum",
+        min_version="0.38.0",
+        state_bytes=1,
+        **_BNB,
+    ),
     _optimizer(
         "PagedLion8bit",
         "bitsandbytes.optim.PagedLion8bit",
         "Lion with 8-bit momentum that moves to CPU memory",
         min_version="0.39.0",
+        state_bytes=0,
         **_BNB,
     ),
-    _optimizer("SGDNesterov", "torch.optim.SGD", "SGD with Nesterov momentum 0.9", defaults=_MOMENTUM),
+    _optimizer(
+        "SGDNesterov",
+        "torch.optim.SGD",
+        "SGD with Nesterov momentum 0.9",
+        defaults=_MOMENTUM,
+        state_bytes=4,
+        fused_backward=True,
+    ),
     _optimizer(
         "SGDNesterov8bit",
         "bitsandbytes.optim.SGD8bit",
         "SGD with Nesterov momentum 0.9 in 8 bits",
         defaults=_MOMENTUM,
+        state_bytes=1,
         **_BNB,
     ),
     _optimizer(
@@ -99,23 +135,26 @@ OPTIMIZERS: tuple[OptimizerRecord, ...] = (
         "dadaptation.experimental.DAdaptAdamPreprint",
         _DADAPT_NOTE,
         aliases=("DAdaptAdamPreprint",),
+        state_bytes=12,
         **_DADAPT,
     ),
-    _optimizer("DAdaptAdaGrad", "dadaptation.DAdaptAdaGrad", _DADAPT_NOTE, **_DADAPT),
-    _optimizer("DAdaptAdam", "dadaptation.DAdaptAdam", _DADAPT_NOTE, **_DADAPT),
-    _optimizer("DAdaptAdan", "dadaptation.DAdaptAdan", _DADAPT_NOTE, **_DADAPT),
-    _optimizer("DAdaptAdanIP", "dadaptation.experimental.DAdaptAdanIP", _DADAPT_NOTE, **_DADAPT),
-    _optimizer("DAdaptLion", "dadaptation.DAdaptLion", _DADAPT_NOTE, **_DADAPT),
-    _optimizer("DAdaptSGD", "dadaptation.DAdaptSGD", _DADAPT_NOTE, **_DADAPT),
-    _optimizer("Prodigy", "prodigyopt.Prodigy", _DADAPT_NOTE, package="prodigyopt", adaptive=True),
+    _optimizer("DAdaptAdaGrad", "dadaptation.DAdaptAdaGrad", _DADAPT_NOTE, state_bytes=12, **_DADAPT),
+    _optimizer("DAdaptAdam", "dadaptation.DAdaptAdam", _DADAPT_NOTE, state_bytes=12, **_DADAPT),
+    _optimizer("DAdaptAdan", "dadaptation.DAdaptAdan", _DADAPT_NOTE, state_bytes=20, **_DADAPT),
+    _optimizer("DAdaptAdanIP", "dadaptation.experimental.DAdaptAdanIP", _DADAPT_NOTE, state_bytes=20, **_DADAPT),
+    _optimizer("DAdaptLion", "dadaptation.DAdaptLion", _DADAPT_NOTE, state_bytes=8, **_DADAPT),
+    _optimizer("DAdaptSGD", "dadaptation.DAdaptSGD", _DADAPT_NOTE, state_bytes=12, **_DADAPT),
+    _optimizer("Prodigy", "prodigyopt.Prodigy", _DADAPT_NOTE, package="prodigyopt", adaptive=True, state_bytes=16),
     _optimizer(
         "AdaFactor",
         "transformers.optimization.Adafactor",
         "little memory; sets its own rate unless --optimizer_args relative_step=False",
+        state_bytes=0,
+        fused_backward=True,
     ),
     _optimizer("AdamWScheduleFree", "schedulefree.AdamWScheduleFree", "AdamW without a schedule", **_FREE),
     _optimizer("RAdamScheduleFree", "schedulefree.RAdamScheduleFree", "RAdam without schedule and warm-up", **_FREE),
-    _optimizer("SGDScheduleFree", "schedulefree.SGDScheduleFree", "SGD without a schedule", **_FREE),
+    _optimizer("SGDScheduleFree", "schedulefree.SGDScheduleFree", "SGD without a schedule", state_bytes=4, **_FREE),
 )
 
 

@@ -25,9 +25,10 @@ from library.training.draws import Draws
 from library.training.feed import DataFeed
 from library.training.guard import FiniteGuard
 from library.training.hub import download_state
+from library.training.idle_parts import set_idle_aside
 from library.training.latents import LatentEncoder, move_vae
 from library.training.logbook import LogBook
-from library.training.optimizers import Built, make_optimizer, require_one_rate
+from library.training.optimizers import Built, make_optimizer
 from library.training.recipes.recipe import Recipe, Setup
 from library.training.report import show_settings
 from library.training.run import Position, Run
@@ -36,6 +37,7 @@ from library.training.saver import Saver
 from library.training.scaler import make_scaler
 from library.training.schedules import make_lr_schedule
 from library.training.state import load_state
+from library.training.stochastic_rounding import StochasticRounding
 from library.training.text_outputs import TextCacher
 from library.training.trackers import choose_trackers, start_trackers
 
@@ -79,15 +81,18 @@ def build_run(recipe: Recipe, args: argparse.Namespace, draws: Draws | None = No
     prepare_model(recipe, setup)
     target = recipe.make_target(setup)
 
-    groups, names = target.parameter_groups()
-    built = make_optimizer(groups, options.optimizer)
-    require_one_rate(built)
+    groups, names, idle = set_idle_aside(*target.parameter_groups(), options.optimizer.learning_rate)
+    rounding = StochasticRounding(args.seed) if options.precision.full_bf16 else None
+    fused_groups = options.value("fused_optimizer_groups")
+    built = make_optimizer(groups, options.optimizer, fused_groups=fused_groups, rounding=rounding)
+    names = [names[source] for source in built.sources]
     write_back_optimizer(args, built)
     feed = make_feed(setup)
     steps, epochs = write_back_length(args, feed)
     group.set_max_train_steps(steps)
     schedule = make_lr_schedule(built.optimizer, built.effective_config, steps)
     recipe.before_first_step(setup, target)
+    idle.freeze()
     setup.options = options = effective_options(args, options)
 
     run = Run(
@@ -111,7 +116,7 @@ def build_run(recipe: Recipe, args: argparse.Namespace, draws: Draws | None = No
         processes=processes,
         autocast=processes.accelerator.autocast if setup.dtype != torch.float32 else contextlib.nullcontext,
         accumulation=feed.accumulation,
-        max_grad_norm=options.optimizer.max_grad_norm,
+        max_grad_norm=0.0 if built.clips else options.optimizer.max_grad_norm,
         max_steps=steps,
         epochs=epochs,
         seed=args.seed,
@@ -142,7 +147,9 @@ def build_run(recipe: Recipe, args: argparse.Namespace, draws: Draws | None = No
         ),
         position=Position(),
     )
-    show_settings(options, run)
+    if rounding is not None:
+        rounding.update_number = lambda: run.position.step
+    show_settings(options, run, idle.names)
     if options.loop.dry_run:
         return None
     if has_trackers:

@@ -9,6 +9,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ from library.training.trackers import loggable_options, start_trackers
 
 def get_optimizer(args: Any, trainable_params: Any) -> tuple[str, str, Any]:
     """(name, arguments as text, optimizer); Adafactor's changes are written back to `args`."""
-    built = make_optimizer(trainable_params, from_namespace(OptimizerConfig, args))
+    # a loop of others that updates in its backward pass does so itself
+    config = replace(from_namespace(OptimizerConfig, args), fused_backward_pass=False)
+    built = make_optimizer(trainable_params, config)
     effective = built.effective_config
     if effective.lr_scheduler != getattr(args, "lr_scheduler", effective.lr_scheduler):
         args.learning_rate, args.lr_scheduler = effective.learning_rate, effective.lr_scheduler

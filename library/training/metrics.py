@@ -70,13 +70,16 @@ def step_logs(
 
 
 def rate_logs(rates: Sequence[float], names: Sequence[str] | None = None, optimizer: Any = None) -> dict[str, float]:
-    """`lr/<name>` of each group; for adaptive optimizers `lr/d*lr`, with more than two groups by name too."""
+    """`lr/<name>` of each group; for adaptive optimizers `lr/d*lr`.
+
+    That one comes by name too where the groups are more than two or have step sizes of their own.
+    """
     names = names or [f"group{index}" for index in range(len(rates))]
     logs = {f"lr/{name}": rate for name, rate in zip(names, rates, strict=True)}
     groups = getattr(optimizer, "param_groups", ())
     found = [group["d"] * group["lr"] for group in groups if "d" in group]
     if found:
         logs["lr/d*lr"] = found[0]
-    if len(found) > 2:
+    if len(found) > 2 or (found and len(getattr(optimizer, "pieces", ())) > 1):
         logs.update({f"lr/d*lr/{name}": rate for name, rate in zip(names, found, strict=True)})
     return logs

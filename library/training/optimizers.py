@@ -6,6 +6,7 @@ import importlib
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,14 +14,17 @@ import torch
 from library.messages import UserError, log
 from library.options.registries import OPTIMIZERS, OptimizerRecord, find_optimizer, nearest
 from library.options.values import key_values
+from library.training.fused_backward import FusedBackward
+from library.training.pieces import Group, PiecewiseOptimizer, equal_runs, instances, runs_of
 
 if TYPE_CHECKING:
     from library.options.optimizer import OptimizerConfig
+    from library.training.stochastic_rounding import StochasticRounding
 
 NOTICES = {
     "momentum_set": "{name}: momentum is 0.9; set another with --optimizer_args momentum=...",
     "lr_too_low": "{name} finds its rate itself; a learning rate of {lr} is very low for it, 1.0 is usual",
-    "several_lrs": "{name} uses one learning rate; only the first of {lrs} counts",
+    "several_lrs": "{name} finds a step size for each part by itself, times its rate ({lrs})",
     "relative_step_forced_by_warmup_init": "Adafactor: warmup_init needs relative_step, which is switched on",
     "relative_step_on": "Adafactor sets its learning rate itself (relative_step)",
     "lr_becomes_initial_lr": "Adafactor: the learning rate {lr} is shown for the first step only",
@@ -34,6 +38,8 @@ NOTICES = {
 FUSED_DEVICES = ("cuda", "xpu", "cpu")
 FUSED_CLASSES = ("AdamW", "Adam", "SGD")
 _FORMS = ("fused", "foreach", "capturable")
+# Float32 copies of bfloat16 weights exist for so many weights at a time (256 MiB, and as much for the gradients).
+ROUNDED_AT_ONCE = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +53,8 @@ class Built:
         effective_config: the options with what the optimizer changed (Adafactor's rate and schedule).
         ignores_group_rates: rates of the groups were dropped; `unet_lr` and `text_encoder_lr` count as not given.
         notices: keys of `NOTICES` that were said.
+        sources: for each group of the optimizer the number of the group that it was made of.
+        clips: the optimizer limits gradients itself, so `max_grad_norm` is done.
     """
 
     name: str
@@ -55,6 +63,8 @@ class Built:
     effective_config: OptimizerConfig
     ignores_group_rates: bool = False
     notices: tuple[str, ...] = ()
+    sources: tuple[int, ...] = ()
+    clips: bool = False
 
 
 @dataclass(slots=True)
@@ -96,12 +106,20 @@ def is_schedule_free(config: OptimizerConfig) -> bool:
     return optimizer_name(config).lower().endswith("schedulefree")
 
 
-def make_optimizer(groups: Iterable[Any], config: OptimizerConfig) -> Built:
+def make_optimizer(
+    groups: Iterable[Any],
+    config: OptimizerConfig,
+    *,
+    fused_groups: int | None = None,
+    rounding: StochasticRounding | None = None,
+) -> Built:
     """Make the optimizer that the options name.
 
     Args:
         groups: parameter groups (`params`, and `lr` where a group has its own rate) or plain parameters.
         config: optimizer and learning rate.
+        fused_groups: `--fused_optimizer_groups`.
+        rounding: how bfloat16 weights are updated; None updates them as they are.
 
     Raises:
         UserError: unknown optimizer, missing or old package, or an argument it does not take.
@@ -123,7 +141,10 @@ def make_optimizer(groups: Iterable[Any], config: OptimizerConfig) -> Built:
         _check_adaptive(plan)
     if record is not None and record.name == "AdaFactor":
         _plan_adafactor(plan)
-    optimizer = _construct(optimizer_class, plan)
+    sources = list(range(len(plan.groups)))
+    if fused_groups:
+        sources, plan.groups = equal_runs(plan.groups, fused_groups)
+    optimizer = _arrange(optimizer_class, plan, record, bool(fused_groups), rounding)
     set_training(optimizer, True)
     return Built(
         name=f"{optimizer_class.__module__}.{optimizer_class.__name__}",
@@ -132,30 +153,46 @@ def make_optimizer(groups: Iterable[Any], config: OptimizerConfig) -> Built:
         effective_config=plan.config,
         ignores_group_rates=plan.ignores_group_rates,
         notices=tuple(plan.notices),
+        sources=tuple(sources),
+        clips=isinstance(optimizer, FusedBackward),
     )
 
 
-def require_one_rate(built: Built) -> None:
-    """Refuse rates that the optimizer itself refuses at its first step: those that adapt the rate want one for all.
-
-    Raises:
-        UserError: the groups have several rates that are not 0.
-    """
-    if "several_lrs" not in built.notices:
-        return
-    rates = sorted({group["lr"] for group in built.optimizer.param_groups} - {0})
-    if len(rates) > 1:
-        raise UserError(
-            f"{built.name.rpartition('.')[2]} takes one learning rate for all parts, here {', '.join(map(str, rates))}",
-            "give --unet_lr and --text_encoder_lr the same value (0 freezes a part), or leave both out",
-        )
-
-
 def set_training(optimizer: torch.optim.Optimizer, training: bool) -> None:
-    """Switch a schedule-free optimizer's weights between training and evaluation; nothing for the others."""
-    switch = getattr(optimizer, "train" if training else "eval", None)
-    if callable(switch):
-        switch()
+    """Switch a schedule-free optimizer's weights between training and evaluation; nothing for the others.
+
+    The weights of evaluation replace those of training for a while; going back restores these exactly, so that
+    saving and sampling change nothing in the run.
+    """
+    for instance in instances(optimizer):
+        if callable(getattr(instance, "train", None)) and callable(getattr(instance, "eval", None)):
+            _to_training(instance) if training else _to_evaluation(instance)
+
+
+def _to_evaluation(optimizer: Any) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if not hasattr(optimizer, "training_weights"):
+        optimizer.training_weights = [parameter.detach().clone() for parameter in parameters]
+    halves = [p for p in parameters if p.dtype != torch.float32]
+    stored = [parameter.data for parameter in halves]
+    for parameter in halves:
+        parameter.data = parameter.data.float()  # the averages are float32
+    optimizer.eval()
+    for parameter, half in zip(halves, stored, strict=True):
+        half.copy_(parameter.data)
+        parameter.data = half
+
+
+def _to_training(optimizer: Any) -> None:
+    kept = optimizer.__dict__.pop("training_weights", None)
+    if kept is None:
+        optimizer.train()
+        return
+    for group in optimizer.param_groups:
+        group["train_mode"] = True
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    with torch.no_grad():
+        torch._foreach_copy_(parameters, kept)
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -263,10 +300,50 @@ def _plan_adafactor(plan: _Plan) -> None:
     plan.config = replace(config, learning_rate=None, lr_scheduler=f"adafactor:{config.learning_rate}")
 
 
-def _construct(optimizer_class: type[torch.optim.Optimizer], plan: _Plan) -> torch.optim.Optimizer:
+def _arrange(
+    optimizer_class: type[torch.optim.Optimizer],
+    plan: _Plan,
+    record: OptimizerRecord | None,
+    in_runs: bool,
+    rounding: StochasticRounding | None,
+) -> torch.optim.Optimizer:
+    """One plain optimizer, or several that look like one."""
+    config, groups = plan.config, plan.groups
+    make = partial(_construct, optimizer_class, plan)
+    independent = record is not None and record.independent
+    whole = [[group["params"]] for group in groups]
+    if config.fused_backward_pass:
+        _require_single_updates(plan.name, record)
+        single = [[[parameter] for parameter in group["params"]] for group in groups]
+        return FusedBackward(make, groups, single, max_grad_norm=config.max_grad_norm, rounding=rounding)
+    if in_runs:
+        return FusedBackward(make, groups, whole, max_grad_norm=config.max_grad_norm, rounding=rounding)
+    if record is not None and record.adaptive and "several_lrs" in plan.notices:
+        return PiecewiseOptimizer(make, groups, whole, rounding=rounding)
+    if rounding is None:
+        return make(groups)
+    runs = [list(runs_of(group["params"], ROUNDED_AT_ONCE)) for group in groups] if independent else None
+    return PiecewiseOptimizer(make, groups, runs, rounding=rounding)
+
+
+def _require_single_updates(name: str, record: OptimizerRecord | None) -> None:
+    """Refuse optimizers whose parameters cannot be updated one by one.
+
+    Raises:
+        UserError: names those that can.
+    """
+    if record is None or not record.fused_backward:
+        known = ", ".join(r.name for r in OPTIMIZERS if r.fused_backward)
+        raise UserError(
+            f"--fused_backward_pass with {name}, which is not known to update single parameters",
+            f"use one of {known}, or --fused_optimizer_groups",
+        )
+
+
+def _construct(optimizer_class: type[torch.optim.Optimizer], plan: _Plan, groups: list[Group]) -> torch.optim.Optimizer:
     arguments = {**plan.arguments, **plan.hidden, **_fused(optimizer_class, plan)}
     try:
-        return optimizer_class(plan.groups, lr=plan.config.learning_rate, **arguments)
+        return _without_host_reads(optimizer_class(groups, lr=plan.config.learning_rate, **arguments))
     except TypeError as error:
         known = inspect.signature(optimizer_class).parameters
         unknown = [key for key in arguments if key not in known]
@@ -278,6 +355,25 @@ def _construct(optimizer_class: type[torch.optim.Optimizer], plan: _Plan) -> tor
         ) from error
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{optimizer_class.__name__}: {error}", "check --optimizer_args and the rates") from error
+
+
+def _without_host_reads(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Adafactor compares a weight's size with a floor in Python, once a parameter and step; here on the device."""
+    if type(optimizer).__name__ == "Adafactor" and hasattr(optimizer, "_get_lr"):
+        optimizer._get_lr = _adafactor_rate  # type: ignore[attr-defined]
+    return optimizer
+
+
+def _adafactor_rate(group: dict[str, Any], state: dict[str, Any]) -> Any:
+    """Rate of one parameter (Shazeer and Stern 2018, section 8): relative step times size of the weights."""
+    rate = group["lr"]
+    if group["relative_step"]:
+        longest = 1e-6 * state["step"] if group["warmup_init"] else 1e-2
+        rate = min(longest, state["step"] ** -0.5)
+    if not group["scale_parameter"]:
+        return rate
+    size, floor = state["RMS"], group["eps"][1]
+    return (size.clamp(min=floor) if torch.is_tensor(size) else max(size, floor)) * rate
 
 
 def _fused(optimizer_class: type[torch.optim.Optimizer], plan: _Plan) -> dict[str, bool]:

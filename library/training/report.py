@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from library.data import report as data_report
@@ -13,10 +14,25 @@ if TYPE_CHECKING:
     from library.training.run import Run
 
 
-def show_settings(options: Resolved, run: Run) -> None:
-    """The effective settings block (design: resolved once, shown once)."""
+# Rates that a target may take itself as "this part is not trained" -> the part.
+RATES = {
+    "unet_lr": "U-Net",
+    "text_encoder_lr": "text encoder",
+    "learning_rate_te": "text encoder",
+    "learning_rate_te1": "first text encoder",
+    "learning_rate_te2": "second text encoder",
+}
+
+
+def show_settings(options: Resolved, run: Run, idle: Sequence[str] = ()) -> None:
+    """The effective settings block (design: resolved once, shown once).
+
+    Args:
+        idle: names of parts that were set aside because their rate is 0.
+    """
     lines = data_report.describe(run.feed.group.datasets)
-    lines += ["", "training"] + [f"  {line}" for line in parts(run)] + [f"  {line}" for line in length(run)]
+    lines += ["", "training"]
+    lines += [f"  {line}" for line in (*parts(run), *frozen_parts(options, idle), *length(run))]
     lines += ["", *describe(options)]
     for line in lines:
         log.info("%s", line)
@@ -31,6 +47,16 @@ def parts(run: Run) -> list[str]:
         shown = "its own rate" if rate is None else f"rate {rate:g}"
         lines.append(f"{name}: {count:,} parameters in {len(group['params'])} tensors, {shown}")
     return lines
+
+
+def frozen_parts(options: Resolved, idle: Sequence[str]) -> list[str]:
+    """What a rate of 0 freezes."""
+    names = list(idle) or [part for option, part in RATES.items() if _is_zero(options.value(option))]
+    return [f"{name}: rate 0, frozen" for name in names]
+
+
+def _is_zero(rate: object) -> bool:
+    return 0 in rate if isinstance(rate, (list, tuple)) else rate == 0
 
 
 def length(run: Run) -> list[str]:

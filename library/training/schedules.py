@@ -300,11 +300,16 @@ def adafactor_rate(optimizer: Any, group: dict[str, Any], initial: float) -> flo
     state = optimizer.state.get(group["params"][0])
     if not state:
         return initial
-    return float(optimizer._get_lr(group, state))
+    return float(_plain(optimizer)._get_lr(group, state))
+
+
+def _plain(optimizer: Any) -> Any:
+    """The optimizer itself, or one of those behind one that is made of pieces."""
+    return getattr(optimizer, "inner", optimizer)
 
 
 def _adafactor_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> LRScheduler:
-    if type(optimizer).__name__ != "Adafactor":
+    if type(_plain(optimizer)).__name__ != "Adafactor":
         raise UserError(f"--lr_scheduler {config.lr_scheduler} needs Adafactor", "add --optimizer_type AdaFactor")
     if config.lr_warmup_steps:
         raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 import sys
 import types
@@ -10,9 +11,11 @@ import types
 import pytest
 import torch
 
+from benchmarks.counting import count
 from library.messages import UserError
 from library.options.optimizer import OptimizerConfig
 from library.options.registries import OPTIMIZERS
+from library.training.metrics import rate_logs
 from library.training.optimizers import is_schedule_free, load_optimizer_state, make_optimizer, set_training
 from tests.conftest import GOLDEN, load_json
 
@@ -262,3 +265,104 @@ def test_a_state_of_another_program_keeps_updates_fused():
     two = make_optimizer(parameters([0.1, 0.2]), OptimizerConfig(learning_rate=0.5)).optimizer
     with pytest.raises(ValueError, match="parameter groups"):
         load_optimizer_state(two, state)
+
+
+PATHS = {record.path: record for record in OPTIMIZERS if record.package != "bitsandbytes"}
+
+
+@pytest.mark.parametrize("record", PATHS.values(), ids=lambda r: r.name)
+def test_three_steps_equal_the_class_called_directly(record):
+    module, _, name = record.path.rpartition(".")
+    library_class = getattr(importlib.import_module(module), name)
+
+    def weights():
+        torch.manual_seed(0)
+        return [torch.nn.Parameter(torch.randn(6, 4)), torch.nn.Parameter(torch.randn(4))]
+
+    ours, theirs = weights(), weights()
+    rate = 1.0 if record.adaptive else 1e-2
+    arguments = {**record.defaults, **({"relative_step": True} if record.name == "AdaFactor" else {})}
+    built = make_optimizer(ours, OptimizerConfig(optimizer_type=record.name, learning_rate=rate))
+    direct = library_class(theirs, lr=None if record.name == "AdaFactor" else rate, **arguments)
+    assert type(built.optimizer) is library_class
+    set_training(direct, True)
+    for step in range(3):
+        for group, optimizer in ((ours, built.optimizer), (theirs, direct)):
+            sum(((weight - step) ** 2).sum() for weight in group).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("record", [r for r in OPTIMIZERS if r.adaptive], ids=lambda r: r.name)
+def test_each_rate_has_a_step_size_of_its_own(record, caplog):
+    """One instance for each group: each equals the library's class over that group alone."""
+
+    def weights():
+        torch.manual_seed(0)
+        return [torch.nn.Parameter(torch.randn(6, 4)), torch.nn.Parameter(torch.randn(4))]
+
+    def train(parameters, optimizers, steps):
+        for _ in range(steps):
+            ((parameters[0] - 1) ** 2).sum().backward()
+            ((parameters[1] * 5) ** 2).sum().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    def start(parameters):
+        groups = [{"params": [p], "lr": lr} for p, lr in zip(parameters, (1.0, 0.5), strict=True)]
+        return make_optimizer(groups, OptimizerConfig(optimizer_type=record.name, learning_rate=1.0))
+
+    ours, alone = weights(), weights()
+    built = start(ours)
+    assert built.name == f"{type(built.optimizer.inner).__module__}.{type(built.optimizer.inner).__name__}"
+    train(ours, [built.optimizer], 6)
+    module, _, name = record.path.rpartition(".")
+    library_class = getattr(importlib.import_module(module), name)
+    train(alone, [library_class([p], lr=lr) for p, lr in zip(alone, (1.0, 0.5), strict=True)], 6)
+    for one, other in zip(ours, alone, strict=True):
+        torch.testing.assert_close(one, other)
+    sizes = [group["d"] for group in built.optimizer.param_groups]
+    assert sizes[0] != sizes[1]
+    logged = rate_logs([1.0, 0.5], ["textencoder", "unet"], built.optimizer)
+    assert logged["lr/d*lr/textencoder"] == pytest.approx(float(sizes[0]))
+    assert logged["lr/d*lr/unet"] == pytest.approx(float(sizes[1]) * 0.5)
+
+    state, middle = copy.deepcopy(built.optimizer.state_dict()), [p.detach().clone() for p in ours]
+    train(ours, [built.optimizer], 3)
+    resumed = [torch.nn.Parameter(p) for p in middle]
+    again = start(resumed).optimizer
+    load_optimizer_state(again, state)
+    train(resumed, [again], 3)
+    assert all(torch.equal(a, b) for a, b in zip(ours, resumed, strict=True))
+
+
+def test_adaptive_optimizers_with_one_rate_stay_one():
+    optimizer = make_optimizer(
+        parameters([1.0, 1.0]), OptimizerConfig(optimizer_type="Prodigy", learning_rate=1.0)
+    ).optimizer
+    assert type(optimizer).__name__ == "Prodigy"
+
+
+@pytest.mark.parametrize("record", PATHS.values(), ids=lambda r: r.name)
+def test_memory_of_the_moments_is_what_the_record_says(record):
+    weight = torch.nn.Parameter(torch.randn(64, 64))
+    config = OptimizerConfig(optimizer_type=record.name, learning_rate=1.0 if record.adaptive else 1e-2)
+    optimizer = make_optimizer([weight], config).optimizer
+    for _ in range(2):
+        (weight**2).sum().backward()
+        optimizer.step()
+    tensors = [v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
+    assert sum(t.numel() * t.element_size() for t in tensors) / weight.numel() == pytest.approx(
+        record.state_bytes, abs=0.2
+    )
+
+
+def test_adafactor_asks_the_host_nothing():
+    weight = torch.nn.Parameter(torch.randn(8, 8))
+    optimizer = make_optimizer([weight], OptimizerConfig(optimizer_type="AdaFactor", learning_rate=0.0)).optimizer
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert count(optimizer.step).host_reads == 0
