@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 log = logging.getLogger("toolkit")
@@ -102,6 +102,12 @@ def warn_once(text: str) -> None:
     if text not in _said:
         _said.add(text)
         log.warning(text)
+
+
+def some(names: Sequence[str], shown: int = 5) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 def write(text: str) -> None:

@@ -32,6 +32,14 @@ class Fit:
     ratio_error: float
 
 
+def covering(bucket: Size, size: Size) -> Fit:
+    """A picture of this size in a given bucket: one side matches, the other covers it."""
+    width, height = size
+    ratio, bucket_ratio = width / height, bucket[0] / bucket[1]
+    scale = bucket[1] / height if ratio > bucket_ratio else bucket[0] / width
+    return Fit(bucket, (int(width * scale + 0.5), int(height * scale + 0.5)), bucket_ratio - ratio)
+
+
 def bucket_sizes(base: Size, smallest: int, largest: int, step: int) -> list[Size]:
     """All bucket sizes of about the base's area, ascending by width, then height.
 
@@ -103,12 +111,8 @@ class BucketRule:
 
     def _fit_list(self, size: Size) -> Fit:
         assert self.sizes is not None
-        width, height = size
-        ratio = width / height
-        bucket = size if size in self._known else self.sizes[int(np.abs(self._ratios - ratio).argmin())]
-        bucket_ratio = bucket[0] / bucket[1]
-        scale = bucket[1] / height if ratio > bucket_ratio else bucket[0] / width
-        return Fit(bucket, (int(width * scale + 0.5), int(height * scale + 0.5)), bucket_ratio - ratio)
+        ratio = size[0] / size[1]
+        return covering(size if size in self._known else self.sizes[int(np.abs(self._ratios - ratio).argmin())], size)
 
     def _fit_own(self, size: Size) -> Fit | None:
         width, height = size

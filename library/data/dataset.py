@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from library.data import captions, images
-from library.data.buckets import BucketRule, Fit, Size, bucket_rule, sort_into_buckets
+from library.data.buckets import BucketRule, Fit, Size, bucket_rule, covering, sort_into_buckets
 from library.data.latents_file import CachedLatents, read_latents
+from library.data.pairs import uses_masks
 from library.data.plan import EpochPlan, PlannedBatch, make_plan
 from library.data.records import DatasetSettings, Item, ScanResult, SubsetSettings
 from library.data.sample import Sample, fits_without_buckets, sample_of_cache, sample_of_picture
 from library.data.text_file import CachedText, read_text
-from library.messages import UserError, log
+from library.messages import UserError, log, some
 from library.runtime.streams import python_stream
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ class Dataset(torch.utils.data.Dataset):
 
     Attributes:
         settings: resolved settings.
+        bucket_sizes: the buckets where metadata say them, else None.
         items: the pictures that are used, each with bucket and resized size.
         buckets: their distribution.
         index: place of this data set in its group.
@@ -53,9 +56,12 @@ class Dataset(torch.utils.data.Dataset):
         Raises:
             UserError: settings that no batch can be made from.
         """
-        if settings.resolution is None:
+        if scan.bucket_sizes is not None:
+            settings = replace(settings, enable_bucket=True)
+        elif settings.resolution is None:
             raise UserError("no training resolution is given", "set --resolution, or resolution in the data-set file")
         self.settings = settings
+        self.bucket_sizes = scan.bucket_sizes
         self.tokenize = tokenize
         self.seed = seed
         self.index = 0
@@ -76,6 +82,8 @@ class Dataset(torch.utils.data.Dataset):
 
     def _rule(self) -> BucketRule:
         settings = self.settings
+        if self.bucket_sizes is not None:
+            return BucketRule(self.bucket_sizes)
         assert settings.resolution is not None
         return bucket_rule(
             settings.resolution,
@@ -111,6 +119,13 @@ class Dataset(torch.utils.data.Dataset):
     def bucket_info(self) -> dict | None:
         """Buckets and mean aspect error for model metadata; None without bucketing."""
         return self.buckets.info() if self.settings.enable_bucket else None
+
+    @property
+    def bucket_limits(self) -> tuple[int | None, int | None]:
+        """Smallest and largest bucket side as they are recorded; None where they do not count."""
+        if not self.settings.enable_bucket or self.bucket_sizes is not None:
+            return None, None
+        return self.settings.min_bucket_reso, self.settings.max_bucket_reso
 
     @property
     def image_data(self) -> dict[str, Item]:
@@ -162,10 +177,9 @@ class Dataset(torch.utils.data.Dataset):
             and not fits_without_buckets(item, self.subsets[item.subset], self.resolution)
         ]
         if wrong:
-            names = ", ".join(f"{item.path} ({item.size[0]}x{item.size[1]})" for item in wrong[:5])
-            more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
             raise UserError(
-                f"without buckets every picture must be {self.resolution[0]}x{self.resolution[1]}: {names}{more}",
+                f"without buckets every picture must be {self.resolution[0]}x{self.resolution[1]}: "
+                f"{some(_with_sizes(wrong))}",
                 "use --enable_bucket, or resize the pictures",
             )
         self._sizes_checked = True
@@ -197,7 +211,7 @@ class Dataset(torch.utils.data.Dataset):
     def _sample(self, index: int, item: Item, subset: SubsetSettings, draw: random.Random, flipped: bool) -> Sample:
         cached = self._cached(index, item)
         if cached is not None:
-            return sample_of_cache(cached, item, subset, flipped)
+            return sample_of_cache(cached, item, subset, self.settings, flipped)
         return sample_of_picture(item, subset, self.settings, draw, flipped)
 
     def _cached(self, index: int, item: Item) -> CachedLatents | None:
@@ -221,7 +235,7 @@ class Dataset(torch.utils.data.Dataset):
         hidden1, hidden2, pooled = (_stack(column) for column in zip(*outputs, strict=True)) if outputs else [None] * 3
         ids, ids2 = (None, None) if outputs else self._token_ids(texts)
         attributes = [dict(self.subsets[item.subset].custom_attributes or {}) for item in items]
-        return {
+        batch: Batch = {
             "loss_weights": torch.tensor([prior if item.is_reg else 1.0 for item in items], dtype=torch.float32),
             "input_ids": ids,
             "input_ids2": ids2,
@@ -240,6 +254,9 @@ class Dataset(torch.utils.data.Dataset):
             "network_multipliers": torch.full((len(items),), float(self.settings.network_multiplier)),
             "custom_attributes": attributes,
         }
+        if self.settings.kind == "controlnet":
+            batch["conditioning_images"] = _stack([s.conditioning for s in samples])
+        return batch
 
     def _token_ids(self, texts: Sequence[str]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if self.tokenize is None:
@@ -248,7 +265,7 @@ class Dataset(torch.utils.data.Dataset):
         return torch.stack(first), (None if second[0] is None else torch.stack(second))
 
     def _masks(self, samples: Sequence[Sample]) -> torch.Tensor | None:
-        if not any(subset.alpha_mask for subset in self.subsets):
+        if not any(uses_masks(subset, self.settings.kind) for subset in self.subsets):
             return None
         blanks = (torch.ones(s.target[1], s.target[0]) if s.mask is None else s.mask for s in samples)
         return torch.stack(list(blanks))
@@ -295,7 +312,13 @@ class Dataset(torch.utils.data.Dataset):
     def verify_bucket_reso_steps(self, min_steps: int) -> None:
         """Refuse bucket steps that the model's U-Net cannot take."""
         settings = self.settings
-        if settings.enable_bucket and settings.bucket_reso_steps % min_steps:
+        odd = [size for size in self.bucket_sizes or () if size[0] % min_steps or size[1] % min_steps]
+        if odd:
+            raise UserError(
+                f"metadata say the training size {odd[0][0]}x{odd[0][1]}, this model needs multiples of {min_steps}",
+                "make the metadata anew with --bucket_reso_steps 64",
+            )
+        if self.bucket_sizes is None and settings.enable_bucket and settings.bucket_reso_steps % min_steps:
             raise UserError(
                 f"bucket_reso_steps is {settings.bucket_reso_steps}, but this model needs a multiple of {min_steps}",
                 f"set bucket_reso_steps to {min_steps} or {2 * min_steps}",
@@ -306,7 +329,9 @@ def _assign(items: Sequence[Item], rule: BucketRule) -> tuple[list[Item], list[F
     """Give every item its bucket; leave out those too small for any, with one warning that names them."""
     kept, fits, small = [], [], []
     for item in items:
-        fit = rule.fit(item.size) if min(item.size) > 0 else None
+        fit = rule.fit(item.train_size or item.size) if min(item.size) > 0 else None
+        if fit is not None and item.train_size is not None:
+            fit = covering(fit.bucket, item.size)  # the metadata's size names the bucket, the picture covers it
         if fit is None:
             small.append(item)
             continue
@@ -314,10 +339,12 @@ def _assign(items: Sequence[Item], rule: BucketRule) -> tuple[list[Item], list[F
         kept.append(item)
         fits.append(fit)
     if small:
-        names = ", ".join(f"{item.key} ({item.size[0]}x{item.size[1]})" for item in small[:5])
-        more = f" and {len(small) - 5} more" if len(small) > 5 else ""
-        log.warning("left out, smaller than bucket_reso_steps %d: %s%s", rule.step, names, more)
+        log.warning("left out, smaller than bucket_reso_steps %d: %s", rule.step, some(_with_sizes(small)))
     return kept, fits
+
+
+def _with_sizes(items: Sequence[Item]) -> list[str]:
+    return [f"{item.path} ({item.size[0]}x{item.size[1]})" for item in items]
 
 
 def _stack(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from library.data.listing import Listing, list_folder, picture_count
-from library.messages import UserError, log
+from library.messages import UserError, log, some
 
 
 def parse_name(name: str) -> tuple[int, str] | None:
@@ -116,5 +116,4 @@ def _has_named_folders(folder: str) -> bool:
 
 
 def _joined(folder: str, names: list[str]) -> str:
-    shown = ", ".join(os.path.join(folder, name) for name in names[:5])
-    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return some([os.path.join(folder, name) for name in names])

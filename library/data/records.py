@@ -65,9 +65,10 @@ class DatasetSettings:
         resolution: (width, height) of training pictures; None only before it is checked.
         batch_size: pictures a batch on each process.
         network_multiplier: multiplier of the trained network for this data set's pictures.
+        skip_image_resolution: pictures of at most this area (width times height) are left out.
         prior_loss_weight: loss weight of regularisation pictures.
         max_token_length: 150 or 225 for long captions, else None.
-        is_validation: these settings describe the held-out pictures.
+        is_validation: the pictures are never trained on, they are for the validation loss.
     """
 
     kind: str = "dreambooth"
@@ -80,6 +81,7 @@ class DatasetSettings:
     bucket_no_upscale: bool = False
     resize_interpolation: str | None = None
     network_multiplier: float = 1.0
+    skip_image_resolution: Size | None = None
     validation_split: float = 0.0
     validation_seed: int | None = None
     prior_loss_weight: float = 1.0
@@ -106,6 +108,9 @@ class Item:
         latents_npz: latent cache file, set by the cache.
         text_npz: text output cache file, set by the cache.
         orientation: how the stored pixels are turned, see `library.data.orientation`; 1: not at all.
+        train_size: bucket that its metadata ask for.
+        conditioning: picture beside it: what a ControlNet is shown, or else a mask of the loss.
+        conditioning_orientation: as `orientation`, of that picture.
     """
 
     key: str
@@ -120,20 +125,42 @@ class Item:
     latents_npz: str | None = None
     text_npz: str | None = None
     orientation: int = 1
+    train_size: Size | None = None
+    conditioning: str | None = None
+    conditioning_orientation: int = 1
+
+
+@dataclass(slots=True)
+class Found:
+    """What one subset's folder or metadata file gave.
+
+    Attributes:
+        items: one for each picture.
+        notes: what the user should know.
+        broken: files that cannot be used, with the reason.
+        tag_texts: captions or tags that tag counts are made of.
+    """
+
+    items: list[Item] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+    tag_texts: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class ScanResult:
-    """What a data set's folders hold.
+    """What a data set's folders or metadata files hold.
 
     Attributes:
         items: training pictures subset by subset, then regularisation pictures.
         validation: held-out pictures, each once; empty without a split.
         notes: what the user should know, a line each.
-        tag_frequency: base name of the folder -> tag -> count, for metadata.
+        tag_frequency: base name of the folder or metadata file -> tag -> count, for metadata.
         num_train_images: training pictures, repeats counted.
         num_reg_images: regularisation pictures found, repeats of their folders counted.
         image_counts: per subset of the settings the pictures found, repeats not counted; 0: subset ignored.
+        broken: files that were left out because they cannot be read, each with the reason.
+        bucket_sizes: the buckets, where the metadata of all pictures say them.
     """
 
     items: list[Item] = field(default_factory=list)
@@ -143,3 +170,5 @@ class ScanResult:
     num_train_images: int = 0
     num_reg_images: int = 0
     image_counts: list[int] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+    bucket_sizes: list[Size] | None = None

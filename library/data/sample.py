@@ -24,7 +24,8 @@ class Sample:
     Attributes:
         image: float32 (3, H, W) in [-1, 1], or None when latents are given.
         latents: (4, H/8, W/8), or None.
-        mask: float32 (H, W) in [0, 1], or None when its subset uses no alpha masks.
+        mask: float32 (H, W) in [0, 1], or None when the picture has no mask.
+        conditioning: float32 (3, H, W) in [-1, 1] that a ControlNet is shown, or None.
         original: (width, height) that is told as the original size.
         ltrb: crop numbers, None where no crop is told.
         target: (width, height) of the training picture.
@@ -36,6 +37,7 @@ class Sample:
     original: Size
     ltrb: Ltrb | None
     target: Size
+    conditioning: torch.Tensor | None = None
 
 
 def interpolation(settings: DatasetSettings, subset: SubsetSettings) -> str:
@@ -51,22 +53,57 @@ def sample_of_picture(
     Raises:
         UserError: the file cannot be read, or its size does not fit.
     """
-    assert settings.resolution is not None and item.bucket is not None
-    image = images.read_image(item.path, alpha=subset.alpha_mask, orientation=item.orientation)
+    assert item.bucket is not None
+    image = _with_mask(item, subset, settings)
     if settings.enable_bucket:
         original = (image.shape[1], image.shape[0])
         image = _cut_to_bucket(image, item, interpolation(settings, subset), draw if subset.random_crop else None)
         ltrb = crop_ltrb(item.bucket, original)
     else:
         image = _cut_to_base(image, item, subset, settings, draw)
-        original, ltrb = settings.resolution, None
+        original, ltrb = item.bucket, None
     if subset.color_aug:
         image = images.augment_color(image, draw)
     if flipped:
         image = image[:, ::-1]
-    mask = images.alpha_mask(image) if subset.alpha_mask else None
+    mask = images.alpha_mask(image) if image.shape[2] == 4 else None
     target = (image.shape[1], image.shape[0])
-    return Sample(images.to_tensor(image[..., :3]), None, mask, original, ltrb, target)
+    conditioning = _conditioning(item, subset, settings, flipped) if settings.kind == "controlnet" else None
+    return Sample(images.to_tensor(image[..., :3]), None, mask, original, ltrb, target, conditioning)
+
+
+def _with_mask(item: Item, subset: SubsetSettings, settings: DatasetSettings) -> np.ndarray:
+    """The picture, with its mask as fourth channel where it has one; a conditioning picture comes before alpha."""
+    masked = item.conditioning is not None and settings.kind != "controlnet"
+    alpha = subset.alpha_mask and not masked
+    image = images.read_image(item.path, alpha=alpha, orientation=item.orientation)
+    if not masked:
+        return image
+    return np.dstack([image, _mask_pixels(item, (image.shape[1], image.shape[0]))])
+
+
+def _mask_pixels(item: Item, size: Size) -> np.ndarray:
+    """First channel of the mask's picture in the size of the training picture, uint8 (H, W)."""
+    assert item.conditioning is not None
+    mask = images.read_image(item.conditioning, orientation=item.conditioning_orientation)
+    return images.resize(np.ascontiguousarray(mask[..., 0]), size, "area")
+
+
+def _conditioning(
+    item: Item, subset: SubsetSettings, settings: DatasetSettings, flipped: bool, *, cached: bool = False
+) -> torch.Tensor | None:
+    """What a ControlNet is shown, cut and mirrored as the picture: float32 (3, H, W) in [-1, 1]."""
+    if item.conditioning is None:
+        return None
+    assert item.bucket is not None and item.resized is not None
+    image = images.read_image(item.conditioning, orientation=item.conditioning_orientation)
+    # Latents are cached of the picture cut to its size even without buckets.
+    if settings.enable_bucket or (cached and (image.shape[1], image.shape[0]) == item.size):
+        method = interpolation(settings, subset)
+        image = images.crop_to_bucket(image, item.bucket, item.resized, interpolation=method)[0]
+    else:
+        image = images.resize(image, item.bucket, "lanczos")
+    return images.to_tensor(image[:, ::-1] if flipped else image)
 
 
 def picture_for_cache(item: Item, subset: SubsetSettings, settings: DatasetSettings) -> np.ndarray:
@@ -79,7 +116,9 @@ def picture_for_cache(item: Item, subset: SubsetSettings, settings: DatasetSetti
     return _cut_to_bucket(image, item, interpolation(settings, subset), None)
 
 
-def sample_of_cache(cached: CachedLatents, item: Item, subset: SubsetSettings, flipped: bool) -> Sample:
+def sample_of_cache(
+    cached: CachedLatents, item: Item, subset: SubsetSettings, settings: DatasetSettings, flipped: bool
+) -> Sample:
     """The cached latents of a picture or of its mirror image.
 
     Raises:
@@ -97,10 +136,21 @@ def sample_of_cache(cached: CachedLatents, item: Item, subset: SubsetSettings, f
             f"the latent cache of {item.key} is for {target[0]}x{target[1]}, not {item.bucket[0]}x{item.bucket[1]}",
             "start without --skip_cache_check, or delete the cache file",
         )
-    mask = cached.mask if subset.alpha_mask else None
+    mask, conditioning = cached.mask if subset.alpha_mask else None, None
+    if settings.kind == "controlnet":
+        conditioning = _conditioning(item, subset, settings, flipped, cached=True)
+    elif item.conditioning is not None:
+        mask = _cut_mask(item, interpolation(settings, subset))
     if mask is not None and flipped:
         mask = mask.flip(-1)
-    return Sample(None, latents, mask, cached.original, cached.ltrb, target)
+    return Sample(None, latents, mask, cached.original, cached.ltrb, target, conditioning)
+
+
+def _cut_mask(item: Item, method: str) -> torch.Tensor:
+    """The mask of a picture as its cached latents were cut: float32 (H, W) in [0, 1]."""
+    assert item.bucket is not None and item.resized is not None
+    mask = images.crop_to_bucket(_mask_pixels(item, item.size), item.bucket, item.resized, interpolation=method)[0]
+    return torch.from_numpy(mask.astype(np.float32) / 255)
 
 
 def fits_without_buckets(item: Item, subset: SubsetSettings, base: Size) -> bool:

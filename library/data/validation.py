@@ -59,6 +59,7 @@ def validation_parts(
                 items=scan.validation,
                 num_train_images=len(scan.validation),
                 image_counts=[counts[index] for index in range(len(one.subsets))],
+                bucket_sizes=scan.bucket_sizes,
             ),
         )
 

@@ -51,6 +51,7 @@ def facts_of(dataset: Any) -> DatasetFacts:
         getattr(dataset, "height", None),
     )
     limited = settings if getattr(settings, "enable_bucket", False) else None
+    limits = (getattr(limited, "min_bucket_reso", None), getattr(limited, "max_bucket_reso", None))
     return DatasetFacts(
         settings=settings,
         resolution=(width, height) if width and height else None,
@@ -59,7 +60,7 @@ def facts_of(dataset: Any) -> DatasetFacts:
         num_reg_images=dataset.num_reg_images,
         tag_frequency=getattr(dataset, "tag_frequency", None) or {},
         bucket_info=getattr(dataset, "bucket_info", None),
-        limits=(getattr(limited, "min_bucket_reso", None), getattr(limited, "max_bucket_reso", None)),
+        limits=getattr(dataset, "bucket_limits", limits),
     )
 
 

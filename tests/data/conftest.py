@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from library.data.group import DatasetGroup, build_group
 from library.data.records import DatasetSettings, SubsetSettings
 from library.data.sources import scan
+
+
+def make_files(root: Path, files: dict) -> None:
+    """Files in a folder: [w, h] a picture, a text, an object as JSON, ["npz", w, h, arrays] latents."""
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, list) and content[0] == "npz":
+            _, width, height, arrays = content
+            latents = {name: np.full((4, height // 8, width // 8), len(arrays), np.float32) for name in arrays}
+            np.savez(path, original_size=np.array([width, height]), crop_ltrb=np.zeros(4), **latents)
+        elif isinstance(content, list):
+            kind = {".jpg": "JPEG", ".webp": "WEBP", ".gif": "GIF"}.get(path.suffix.lower(), "PNG")
+            Image.new("RGB", tuple(content)).save(path, kind)
+        else:
+            path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
 
 
 class ByteTokens:

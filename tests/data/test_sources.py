@@ -9,28 +9,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from library.data import sources
+from library.data import listing, picture_folder, sources
 from library.data.buckets import bucket_rule, sort_into_buckets
 from library.data.records import DatasetSettings, Item, SubsetSettings
 from library.messages import UserError
+from tests.data.conftest import make_files
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SCANS = json.loads((GOLDEN / "datasets_scan.json").read_text(encoding="utf-8"))
 REPEATS = json.loads((GOLDEN / "datasets_repeats.json").read_text(encoding="utf-8"))["cases"]
-
-# Kinds of data sets that are built later; their cases are all in these lists of the file.
-LATER = {"finetuning", "controlnet"}
-
-
-def make_files(root: Path, files: dict) -> None:
-    for name, content in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, list):
-            kind = {".jpg": "JPEG", ".webp": "WEBP", ".gif": "GIF"}.get(path.suffix.lower(), "PNG")
-            Image.new("RGB", tuple(content)).save(path, kind)
-        else:
-            path.write_text(content, encoding="utf-8")
 
 
 def settings_of(*subsets: dict, **values: object) -> DatasetSettings:
@@ -90,12 +77,8 @@ def test_scan_cases(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert all(item.size == (64, 64) and item.path == item.key for item in found.items)
 
 
-def test_the_other_kinds_of_recorded_scans_come_later() -> None:
-    assert set(SCANS) - {"about", "dreambooth"} == LATER
-    for kind in LATER:
-        assert SCANS[kind]
-        with pytest.raises(UserError, match="not supported yet"):
-            sources.scan(DatasetSettings(kind=kind, resolution=(64, 64)))
+def test_every_recorded_kind_of_scan_has_a_test() -> None:
+    assert set(SCANS) == {"about", "dreambooth", "finetuning", "controlnet"}
 
 
 @pytest.mark.parametrize("number", range(len(REPEATS)))
@@ -135,7 +118,7 @@ def test_captions_with_byte_order_marks_and_windows_line_ends(tmp_path: Path) ->
     texts = {"a": "größe\r\nmore".encode("utf-8-sig"), "b": "größe".encode("utf-16"), "c": "größe\rmore".encode()}
     for name, data in texts.items():
         (tmp_path / f"{name}.txt").write_bytes(data)
-        assert sources.read_caption(tmp_path / f"{name}.txt") == "größe"
+        assert picture_folder.read_caption(tmp_path / f"{name}.txt") == "größe"
 
 
 def test_wildcard_captions_keep_every_line(tmp_path: Path) -> None:
@@ -232,8 +215,8 @@ def test_validation_pictures_are_held_out_of_training(tmp_path: Path) -> None:
 
 
 def test_slow_files_are_read_in_the_same_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "SLOW_FILE_SECONDS", 0)
-    assert sources._map(lambda number: number * 2, range(100)) == [number * 2 for number in range(100)]
+    monkeypatch.setattr(listing, "SLOW_FILE_SECONDS", 0)
+    assert listing.map_files(lambda number: number * 2, range(100)) == [number * 2 for number in range(100)]
 
 
 def test_balance_uses_nothing_without_training_pictures() -> None:
