@@ -10,41 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from library.models.family import Family, LoadedModel, TextCondition, family
-from library.replaceable import replacement
 from library.training import step
 from library.training.classic_text import get_weighted_text_embeddings
+from library.training.hooked_trainer import HookedTrainer
 
 if TYPE_CHECKING:
     import argparse
 
-    from library.training.draws import Place
-    from library.training.run import Run
 
-
-class NetworkTrainer:
+class NetworkTrainer(HookedTrainer):
     """Trains a network on an SD 1.x/2.x model.
 
-    Attributes:
-        vae_scale_factor: latents are multiplied by it at every step.
-        is_sdxl: read when a file is saved, for its ModelSpec.
-        run: the run in progress (None before the first step); place: where its micro-step stands.
-        script: whose options the namespace has; family_name: of the models.
+    Attributes: see `HookedTrainer`.
     """
 
     script = "train_network.py"
-    family_name = "sd"
-
-    def __init__(self) -> None:
-        self.vae_scale_factor = 0.18215
-        self.is_sdxl = False
-        self.run: Run | None = None
-        self.place: Place | None = None
-        self.model: LoadedModel | None = None
-
-    @property
-    def family(self) -> Family:
-        return family(self.family_name)
 
     def train(self, args: argparse.Namespace) -> None:
         """The whole run; returns early for `--debug_dataset` and `--dry_run`."""
@@ -57,38 +37,8 @@ class NetworkTrainer:
 
     # Before the first step, in call order
 
-    def load_tokenizer(self, args: Any) -> Any:
-        """One tokenizer, or a list for families with several."""
-        foreign = replacement("train_util", "load_tokenizer")
-        if foreign is not None:
-            return foreign(args)
-        tokenizers = self.family.load_tokenizers(args.v2, args.tokenizer_cache_dir, args.max_token_length)
-        return tokenizers if len(tokenizers) > 1 else tokenizers[0]
-
     def assert_extra_args(self, args: Any, train_dataset_group: Any, val_dataset_group: Any = None) -> None:
         """May raise, may change args, may configure the data set. Nothing to check here."""
-
-    def load_target_model(self, args: Any, weight_dtype: torch.dtype, accelerator: Any) -> tuple[str, Any, Any, Any]:
-        """Open the model.
-
-        Returns:
-            (model version, text encoder or list of them, VAE, U-Net).
-        """
-        device = accelerator.device if args.lowram else "cpu"
-        foreign = replacement("train_util", "_load_target_model")
-        if foreign is not None:
-            encoder, vae, unet, _ = foreign(args, weight_dtype, device)
-            return self.family.version(args.v2, args.v_parameterization), encoder, vae, unet
-        self.model = self.family.load(
-            args.pretrained_model_name_or_path,
-            v2=args.v2,
-            v_parameterization=args.v_parameterization,
-            zero_terminal_snr=args.zero_terminal_snr,
-            vae=args.vae,
-            device=device,
-        )
-        encoders = self.model.text_encoders
-        return self.model.version, encoders if len(encoders) > 1 else encoders[0], self.model.vae, self.model.unet
 
     def is_text_encoder_outputs_cached(self, args: Any) -> bool:
         return False
@@ -199,21 +149,6 @@ class NetworkTrainer:
         )
         return text.hidden[0] if text.pooled is None else (*text.hidden, text.pooled)
 
-    def call_unet(
-        self,
-        args: Any,
-        accelerator: Any,
-        unet: Any,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        text_conds: Any,
-        batch: Any,
-        weight_dtype: torch.dtype,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """U-Net output for noisy latents (B, 4, h, w)."""
-        return self.family.predict(unet, noisy_latents, timesteps, as_condition(text_conds), batch)
-
     def get_noise_pred_and_target(
         self,
         args: Any,
@@ -313,12 +248,3 @@ class NetworkTrainer:
             max_embeddings_multiples=(options.max_token_length or 75) // 75,
             clip_skip=options.clip_skip,
         ).to(weight_dtype)
-
-
-def as_condition(value: Any) -> TextCondition:
-    """What `get_text_cond` gave, in any release's form, as a `TextCondition`."""
-    if torch.is_tensor(value):
-        return TextCondition([value])
-    if len(value) == 1:
-        return TextCondition([value[0]])
-    return TextCondition(list(value[:-1]), value[-1])

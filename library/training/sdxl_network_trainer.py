@@ -8,35 +8,17 @@ import torch
 
 from library.data.text_cache import require_fixed_captions
 from library.options.sdxl import require_frozen_encoders, verify_sdxl_training_args
-from library.replaceable import replacement
+from library.training.hooked_trainer import HookedSdxlTrainer
 from library.training.latents import move_vae
 from library.training.network_trainer import NetworkTrainer
 
 BUCKET_STEPS = 32
 
 
-class SdxlNetworkTrainer(NetworkTrainer):
-    """Trains a network on an SDXL model.
+class SdxlNetworkTrainer(HookedSdxlTrainer, NetworkTrainer):
+    """Trains a network on an SDXL model."""
 
-    Attributes:
-        load_stable_diffusion_format, logit_scale, ckpt_info: of the loaded model, for who writes it back.
-    """
-
-    family_name = "sdxl"
     script = "sdxl_train_network.py"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.vae_scale_factor = 0.13025
-        self.is_sdxl = True
-        self.load_stable_diffusion_format: bool | None = None
-        self.logit_scale: Any = None
-        self.ckpt_info: Any = None
-
-    def load_tokenizer(self, args: Any) -> Any:
-        """Both tokenizers."""
-        foreign = replacement("sdxl_train_util", "load_tokenizers")
-        return super().load_tokenizer(args) if foreign is None else foreign(args)
 
     def assert_extra_args(self, args: Any, train_dataset_group: Any, val_dataset_group: Any = None) -> None:
         """Options that SDXL cannot have, captions that change though cached, buckets that its U-Net cannot take."""
@@ -46,31 +28,6 @@ class SdxlNetworkTrainer(NetworkTrainer):
             require_fixed_captions(getattr(train_dataset_group, "datasets", [train_dataset_group]))
             require_frozen_encoders(True, args.network_train_unet_only)
         train_dataset_group.verify_bucket_reso_steps(BUCKET_STEPS)
-
-    def load_target_model(self, args: Any, weight_dtype: torch.dtype, accelerator: Any) -> tuple[str, Any, Any, Any]:
-        """Open the model; one that says of itself that it predicts otherwise than the options ask is named."""
-        foreign = self._foreign_model(args, weight_dtype, accelerator)
-        if foreign is not None:
-            self.load_stable_diffusion_format, first, second, vae, unet, self.logit_scale, self.ckpt_info = foreign
-            return self.family.version(False, args.v_parameterization), [first, second], vae, unet
-        version, encoders, vae, unet = super().load_target_model(args, weight_dtype, accelerator)
-        if self.model is not None:
-            self.load_stable_diffusion_format = self.model.is_stability_layout
-            self.logit_scale = self.model.extras.get("logit_scale")
-            self.ckpt_info = self.model.extras.get("ckpt_info")
-        return version, encoders, vae, unet
-
-    def _foreign_model(self, args: Any, weight_dtype: torch.dtype, accelerator: Any) -> Any:
-        """What a function that others put in place of the old loading functions gives, or None without one."""
-        version = self.family.version(False, args.v_parameterization)
-        whole = replacement("sdxl_train_util", "load_target_model")
-        if whole is not None:
-            return whole(args, accelerator, version, weight_dtype)
-        inner = replacement("sdxl_train_util", "_load_target_model")
-        if inner is None:
-            return None
-        device = accelerator.device if args.lowram else "cpu"
-        return inner(args.pretrained_model_name_or_path, args.vae, version, weight_dtype, device)
 
     def is_text_encoder_outputs_cached(self, args: Any) -> bool:
         return args.cache_text_encoder_outputs
@@ -131,19 +88,3 @@ class SdxlNetworkTrainer(NetworkTrainer):
             return super().get_text_cond(args, accelerator, batch, tokenizers, text_encoders, weight_dtype)
         keys = ("text_encoder_outputs1_list", "text_encoder_outputs2_list", "text_encoder_pool2_list")
         return tuple(batch[key].to(accelerator.device, weight_dtype, non_blocking=True) for key in keys)
-
-    def call_unet(
-        self,
-        args: Any,
-        accelerator: Any,
-        unet: Any,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        text_conds: Any,
-        batch: Any,
-        weight_dtype: torch.dtype,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """U-Net output for noisy latents (B, 4, h, w); all that goes in has the weight dtype."""
-        latents = noisy_latents.to(weight_dtype)
-        return super().call_unet(args, accelerator, unet, latents, timesteps, text_conds, batch, weight_dtype, **kwargs)
