@@ -13,7 +13,7 @@ from library.options.declare import Option
 from library.options.effects import without_effect
 from library.options.parser import Resolved, parse, resolve
 from library.options.scripts import SCRIPTS, find_script
-from tests.options.test_every_option_counts import OF_THE_PARSER, TRAIN, TUNING
+from tests.options.test_every_option_counts import MODEL_TRAIN, OF_THE_PARSER, TRAIN, TUNING
 
 OF_TRAININGS = {
     "in_json",
@@ -24,9 +24,13 @@ OF_TRAININGS = {
     "cpu_offload_checkpointing",
     "fused_backward_pass",
 }
+OF_MODELS = OF_TRAININGS - {"fp8_base", "fp8_base_unet"}
 REFUSED = {
     "train_network.py": OF_TRAININGS,
     "sdxl_train_network.py": OF_TRAININGS,
+    "train_db.py": OF_MODELS - {"in_json"},
+    "fine_tune.py": OF_MODELS,
+    "sdxl_train.py": OF_MODELS,
     "gen_img_diffusers.py": {
         "image_path",
         "mask_path",
@@ -56,6 +60,9 @@ REFUSED = {
 OPENED_AT_THE_DOOR = {"console_log_file"}
 BASE = {"train_network.py": TRAIN, "sdxl_train_network.py": TRAIN, "gen_img_diffusers.py": ["--ckpt", "m"]}
 BASE |= {"sdxl_gen_img.py": ["--ckpt", "m"], "sdxl_minimal_inference.py": ["--ckpt_path", "m"]}
+
+
+BASE |= dict.fromkeys(("train_db.py", "fine_tune.py", "sdxl_train.py"), MODEL_TRAIN)
 
 
 def given(option: Option) -> list[str]:

@@ -140,6 +140,10 @@ class Family(ABC):
     ) -> TextCondition:
         """Token ids (B, n, 77) per encoder -> hidden states joined over chunks as training.md 5 says."""
 
+    def idle_parameters(self, text_encoders: list[nn.Module], clip_skip: int | None = None) -> list[nn.Parameter]:
+        """Parameters of the text encoders on which nothing depends that `encode_text` gives."""
+        return []
+
     @abstractmethod
     def predict(
         self,

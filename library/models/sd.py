@@ -14,7 +14,7 @@ from library.models.folders import resolve_folder
 from library.models.loading import compare_with_run, source_of, told_by_file, told_by_folder
 from library.models.sd_loading import PARTS, file_parts, filled_folder_parts
 from library.models.sd_saving import save_folder, save_stability
-from library.models.text_encoders import adopt, encode_chunks, restore_buffers
+from library.models.text_encoders import adopt, encode_chunks, restore_buffers, skipped_parameters
 from library.models.tokenizers import CLIP_L, OPENCLIP_H, load_tokenizer
 from library.models.vae import load_vae
 
@@ -120,6 +120,10 @@ class StableDiffusion(Family):
             text_encoders[0], input_ids[0], clip_skip=clip_skip, max_token_length=max_token_length, dtype=dtype
         )
         return TextCondition([hidden])
+
+    def idle_parameters(self, text_encoders: list[nn.Module], clip_skip: int | None = None) -> list[nn.Parameter]:
+        """The layers that `clip_skip` leaves out."""
+        return skipped_parameters(text_encoders[0], layers=(clip_skip or 1) - 1)
 
     def predict(
         self,

@@ -14,7 +14,7 @@ from library.models.folders import resolve_folder
 from library.models.loading import compare_with_run, source_of, told_by_file, told_by_folder
 from library.models.sdxl_loading import PARTS, checkpoint_info, file_parts, filled_folder_parts, logit_scale_of
 from library.models.sdxl_saving import save_folder, save_stability
-from library.models.text_encoders import adopt, encode_with_pooled, restore_buffers
+from library.models.text_encoders import adopt, encode_with_pooled, restore_buffers, skipped_parameters
 from library.models.tokenizers import CLIP_L, OPENCLIP_BIGG, load_tokenizer
 from library.models.unet_sdxl import size_embeddings
 from library.models.vae import load_vae
@@ -134,6 +134,10 @@ class StableDiffusionXL(Family):
             )
             hidden.append(states)
         return TextCondition(hidden, pooled)
+
+    def idle_parameters(self, text_encoders: list[nn.Module], clip_skip: int | None = None) -> list[nn.Parameter]:
+        """The first encoder's last layer and final norm; the second's make the pooled text."""
+        return skipped_parameters(text_encoders[0], layers=1, final_norm=True)
 
     def predict(
         self,

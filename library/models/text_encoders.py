@@ -115,6 +115,14 @@ def enable_gradient_checkpointing(text_encoder: nn.Module) -> None:
     inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
+def skipped_parameters(text_encoder: nn.Module, *, layers: int, final_norm: bool = False) -> list[nn.Parameter]:
+    """Parameters of the last `layers` layers and, when asked for, of the final norm."""
+    inner = transformer_of(text_encoder)
+    blocks = list(inner.encoder.layers)
+    skipped = blocks[len(blocks) - layers :] + ([inner.final_layer_norm] if final_norm else [])
+    return [parameter for module in skipped for parameter in module.parameters()]
+
+
 def penultimate_rows(text_encoder: nn.Module, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids (B, L) -> (penultimate hidden states, without final norm; last ones, normed), both (B, L, D)."""
     ids = input_ids.to(_device_of(text_encoder))

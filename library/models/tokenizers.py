@@ -224,9 +224,15 @@ def input_ids(tokenizer: Any, captions: Sequence[str], max_token_length: int | N
 
 def input_ids_to_longest(tokenizer: Any, captions: Sequence[str]) -> torch.Tensor:
     """Captions -> int64 (B, longest), for `--no_token_padding`: no padding beyond the longest caption, 77 at most."""
-    rows = _rows(tokenizer, captions, CHUNK)
-    ends = (rows == tokenizer.eos_token_id).argmax(axis=1)
-    return torch.from_numpy(rows[:, : int(ends.max()) + 1].copy())
+    rows = torch.from_numpy(_rows(tokenizer, captions, CHUNK))
+    return without_padding(rows[:, None], tokenizer.eos_token_id)
+
+
+def without_padding(input_ids: torch.Tensor, eos_id: int) -> torch.Tensor:
+    """Padded ids (B, 1, 77) on the CPU -> (B, longest), up to the first end token of the longest row."""
+    rows = input_ids[:, 0]
+    longest = int((rows == eos_id).int().argmax(dim=1).max()) + 1
+    return rows[:, :longest].contiguous()
 
 
 def count_chunks(max_token_length: int | None) -> int:

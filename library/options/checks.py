@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.messages import UserError, warn_once
+from library.options.model_training import block_rates
 from library.options.not_yet import refuse_not_yet
 from library.options.registries import SCHEDULES, find_optimizer, find_schedule, nearest
 from library.options.scripts import find_script
@@ -263,6 +264,22 @@ def check_network(options: Resolved) -> None:
             raise UserError(f"--network_args {text!r} has no value", "write it as KEY=VALUE")
 
 
+def check_model_training(options: Resolved) -> None:
+    """Which parts of a model learn, and what cannot go together."""
+    config = options.model_training
+    _at_least(config, 0, "learning_rate_te", "learning_rate_te1", "learning_rate_te2")
+    _at_least(config, 1, "fused_optimizer_groups")
+    block_rates(config.block_lr)
+    if "sdxl" in options and options.sdxl.cache_text_encoder_outputs and config.train_text_encoder:
+        raise UserError(
+            "--cache_text_encoder_outputs with --train_text_encoder", "leave one of them out: cached text cannot learn"
+        )
+    if config.no_token_padding and options.model.max_token_length not in (None, 75):
+        raise UserError(
+            f"--no_token_padding with --max_token_length {options.model.max_token_length}", "leave one of them out"
+        )
+
+
 def check_conversion(options: Resolved) -> None:
     """Choices of the old command line that are made by the model itself."""
     if options.model_convert.unet_use_linear_projection:
@@ -286,6 +303,7 @@ _CHECKS = (
     ("model", check_model),
     ("dataset", check_data),
     ("network", check_network),
+    ("model_training", check_model_training),
     ("loop", check_length),
     ("optimizer", check_optimizer),
     ("objective", check_objective),

@@ -50,6 +50,8 @@ def _model(options: Resolved) -> str:
 
 
 def _network(options: Resolved) -> str:
+    if "network" not in options:
+        return ""
     network = options.network
     rank = "from the weights" if network.dim_from_weights else network.network_dim or "the module's default"
     parts = [str(network.network_module), f"rank {rank}", f"alpha {network.network_alpha:g}"]
@@ -60,9 +62,12 @@ def _network(options: Resolved) -> str:
 
 
 def _rates(options: Resolved) -> str:
-    network, rate = options.network, options.optimizer.learning_rate
+    rate = options.optimizer.learning_rate
     if rate is None:
         return "chosen by the optimizer"
+    if "network" not in options:
+        return f"{rate:g}; of each part: see above"
+    network = options.network
     unet = 0 if network.network_train_text_encoder_only else _first(network.unet_lr, rate)
     text = 0 if network.network_train_unet_only else _first(network.text_encoder_lr, rate)
     parts = [("U-Net", unet)]
@@ -140,7 +145,9 @@ def _precision(options: Resolved) -> str:
 
 def _result(options: Resolved) -> str:
     saving = options.saving
-    parts = [f"{saving.output_dir}/{saving.output_name or 'last'}.{saving.save_model_as or 'safetensors'}"]
+    parts = [
+        f"{saving.output_dir}/{saving.output_name or 'last'}, {saving.save_model_as or 'in the form of the source'}"
+    ]
     if saving.save_precision:
         parts.append(saving.save_precision)
     for unit in ("epochs", "steps"):

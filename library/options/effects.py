@@ -55,6 +55,14 @@ def _trains_text(options: Resolved) -> bool:
     return not options.network.network_train_unet_only
 
 
+def _text_encoder_learns(options: Resolved) -> bool:
+    """Of a whole model."""
+    stop = options.model_training.stop_text_encoder_training
+    return options.model_training.train_text_encoder or (
+        options.script == "train_db.py" and (stop is None or stop > 0)
+    )
+
+
 def _classic_folders(options: Resolved) -> bool:
     return options.dataset.dataset_config is None
 
@@ -93,11 +101,15 @@ NEEDS: tuple[Need, ...] = (
          "the optimizer is schedule-free"),
     Need(("unet_lr",), _trains_unet, "--network_train_text_encoder_only trains no U-Net part"),
     Need(("text_encoder_lr",), _trains_text, "--network_train_unet_only trains no text encoder part"),
+    Need(("learning_rate_te", "learning_rate_te1", "learning_rate_te2"), _text_encoder_learns,
+         "the text encoder is not trained"),
+    Need(("use_safetensors",), lambda options: options.saving.save_model_as is None, "--save_model_as says it"),
+    Need(("fp8_base",), lambda options: "model_training" not in options, "only frozen models can be held in 8 bits"),
     Need(("base_weights_multiplier",), _given("base_weights"), "needs --base_weights"),
     Need(("training_comment",), lambda options: not options.network.no_metadata, "--no_metadata leaves it out"),
     Need(("max_train_steps",), lambda options: not options.loop.max_train_epochs, "--max_train_epochs replaces it"),
-    Need(("ddp_gradient_as_bucket_view", "ddp_static_graph"), lambda options: "network" not in options,
-         "networks reduce their gradients without DDP"),
+    Need(("ddp_gradient_as_bucket_view", "ddp_static_graph"), lambda _: False,
+         "gradients are averaged over processes without DDP"),
     Need(("clip_skip",), lambda options: "sdxl" not in options, "SDXL always takes the layer before the last"),
     Need(("disable_mmap_load_safetensors",), lambda _: False, "files are never mapped into memory"),
     Need(("highvram",), lambda _: False, "the memory cache is never cleared while training"),

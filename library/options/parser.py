@@ -184,6 +184,9 @@ def _write_back(namespace: argparse.Namespace) -> None:
         messages.warn_once("--cache_latents_to_disk switches --cache_latents on")
         namespace.cache_latents = True
     switch_text_cache_on(namespace)
+    if getattr(namespace, "diffusers_xformers", False) and not namespace.xformers:
+        messages.warn_once("--diffusers_xformers is the old name of --xformers")
+        namespace.xformers = True
     rates = getattr(namespace, "text_encoder_lr", None)
     if isinstance(rates, (list, tuple)) and len(rates) < 2:
         namespace.text_encoder_lr = rates[0] if rates else None

@@ -22,6 +22,7 @@ from library.options.saving import SavingConfig
 from library.training import saving
 from library.training.hub import Uploads, download_state
 from library.training.metrics import rate_logs
+from library.training.model_parts import block_parts
 from library.training.optimizers import make_optimizer
 from library.training.schedules import make_lr_schedule
 from library.training.trackers import loggable_options, start_trackers
@@ -176,6 +177,19 @@ def append_lr_to_logs_with_names(
     for name, group in zip(names, getattr(optimizers[-1], "param_groups", ()), strict=False):
         if "d" in group:
             logs[f"lr/d*lr/{name}"] = group["d"] * group["lr"]
+
+
+def get_block_params_to_optimize(unet: Any, block_lrs: list[float]) -> list[dict[str, Any]]:
+    """Optimizer groups of an SDXL U-Net's 23 blocks; blocks with rate 0 are left out."""
+    return [{"params": list(part.parameters), "lr": part.rate} for part in block_parts(unet, block_lrs)]
+
+
+def append_block_lr_to_logs(
+    block_lrs: list[float], logs: dict[str, Any], lr_scheduler: Any, optimizer_type: str
+) -> None:
+    """Add `lr/block<i>` of each block with a rate above 0, then the rates of the text encoders."""
+    names = [f"block{number}" for number, rate in enumerate(block_lrs) if rate] + ["text_encoder1", "text_encoder2"]
+    append_lr_to_logs_with_names(logs, lr_scheduler, optimizer_type, names)
 
 
 def init_trackers(accelerator: Any, args: Any, default_tracker_name: str) -> None:

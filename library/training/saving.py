@@ -62,6 +62,31 @@ def network_extension(config: SavingConfig) -> str:
     return f".{config.save_model_as or 'safetensors'}"
 
 
+@dataclass(frozen=True, slots=True)
+class ModelFormat:
+    """Form of a written model.
+
+    Attributes:
+        stability_layout: one file; else a diffusers folder.
+        safetensors: else pickles.
+    """
+
+    stability_layout: bool = True
+    safetensors: bool = True
+
+    @property
+    def extension(self) -> str:
+        """Ending of the file; empty for a folder."""
+        return model_extension(self.safetensors) if self.stability_layout else ""
+
+
+def model_format(save_model_as: str | None, *, use_safetensors: bool, from_stability_layout: bool) -> ModelFormat:
+    """What `--save_model_as` and `--use_safetensors` ask for; without the first, the layout of the source."""
+    if save_model_as is None:
+        return ModelFormat(from_stability_layout, use_safetensors)
+    return ModelFormat(save_model_as in ("ckpt", "safetensors"), use_safetensors or "safetensors" in save_model_as)
+
+
 def model_extension(use_safetensors: bool) -> str:
     """Ending of models in Stability layout."""
     return ".safetensors" if use_safetensors else ".ckpt"

@@ -126,14 +126,22 @@ def check_same_run(run: Run, facts: dict[str, Any], folder: Path) -> None:
         log.warning("resuming with a difference: %s", line)
 
 
-def load_weights(run: Run, weights: dict[str, torch.Tensor], folder: Path) -> None:
+def _read_model(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+
+
+def load_weights(run: Run, weights: Any, folder: Path) -> None:
+    """Into the target: its own state, or a list of states as sd-scripts' folders hold them."""
     try:
-        run.target.load_state_dict(weights)
-    except (RuntimeError, KeyError) as error:
+        if isinstance(weights, list):
+            run.target.load_prepared(weights)
+        else:
+            run.target.load_state_dict(weights)
+    except (RuntimeError, KeyError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"--resume {folder} holds other weights than this run trains ({reason})",
-            "use the network options (module, dim, args) that the state was made with",
+            "use the options that say what is trained (for a network: module, dim, args) that the state was made with",
         ) from error
 
 
@@ -153,17 +161,13 @@ def load_schedule(run: Run, state: dict[str, Any]) -> None:
 
 
 def load_accelerate_state(run: Run, folder: Path) -> None:
-    """Restore a state folder written by accelerate: the last model is the network, the schedule tells the step."""
+    """Restore a state folder written by accelerate: its models in order; the schedule tells the step."""
     models = sorted(folder.glob("pytorch_model*.bin"), key=_model_number) or sorted(
         folder.glob("model*.safetensors"), key=_model_number
     )
     if not models or not (folder / "optimizer.bin").exists():
         raise UserError(f"--resume {folder} is not a state folder", f"it has neither {RUN_FILE} nor optimizer.bin")
-    last = models[-1]
-    weights = (
-        load_file(last) if last.suffix == ".safetensors" else torch.load(last, map_location="cpu", weights_only=True)
-    )
-    load_weights(run, weights, folder)
+    load_weights(run, [_read_model(path) for path in models], folder)
     load_optimizer(run, torch.load(folder / "optimizer.bin", map_location="cpu", weights_only=True), folder)
     schedule_file = folder / "scheduler.bin"
     steps = 0

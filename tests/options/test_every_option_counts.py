@@ -18,18 +18,22 @@ from library.options.scripts import SCRIPTS, find_script
 
 ROOT = Path(__file__).parent.parent.parent
 TRAIN = ["--pretrained_model_name_or_path", "m", "--network_module", "n", "--output_dir", "o", "--train_data_dir", "d"]
+MODEL_TRAIN = ["--pretrained_model_name_or_path", "m", "--output_dir", "o", "--train_data_dir", "d"]
 
 # Read by the parser itself.
 OF_THE_PARSER = {"config_file", "output_config", "strict", "dump_schema"}
 # Does nothing by design, and `effects.py` says so when it is given.
 NOTHING_TO_DO = {
-    *("highvram", "ddp_gradient_as_bucket_view", "ddp_static_graph", "disable_mmap_load_safetensors"),
+    *("fp8_base", "highvram", "ddp_gradient_as_bucket_view", "ddp_static_graph", "disable_mmap_load_safetensors"),
 }
 # Tunes a feature that is still to come.
 OF_TRAININGS = (r"zero\w+|offload_\w+|fp16_master_weights_and_gradients|valid\w+|max_validation_steps",)
 TUNING = {
     "train_network.py": OF_TRAININGS,
     "sdxl_train_network.py": OF_TRAININGS,
+    "train_db.py": OF_TRAININGS,
+    "fine_tune.py": OF_TRAININGS,
+    "sdxl_train.py": OF_TRAININGS,
     "gen_img_diffusers.py": (r"highres_fix_\w+|control_net_\w+|vgg16_\w+|ds_\w+|gradual_latent_\w+",),
     "sdxl_gen_img.py": (r"highres_fix_\w+|control_net_\w+|ds_\w+|gradual_latent_\w+",),
     "sdxl_minimal_inference.py": (),

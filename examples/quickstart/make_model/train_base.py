@@ -38,11 +38,13 @@ from library.training.feed import DataFeed
 from library.training.guard import FiniteGuard
 from library.training.latents import LatentEncoder
 from library.training.logbook import LogBook
+from library.training.model_parts import Rates
 from library.training.model_setup import CacheEncoder
 from library.training.optimizers import make_optimizer
 from library.training.run import Position, Run
 from library.training.samples import SamplePictures
 from library.training.saver import Saver
+from library.training.saving import ModelFormat
 from library.training.schedules import make_lr_schedule
 from library.training.state import load_state
 from library.training.targets.model import ModelTarget
@@ -114,7 +116,9 @@ def main() -> None:
     draws = Draws(SEED, processes.device)
     cache_latents(group.datasets, CacheEncoder(model.vae, draws, processes.device), batch_size=64)
 
-    target = AveragedTarget(family=sd, model=model, rate=2e-3, text_rate=2e-3, stability_layout=False)
+    target = AveragedTarget(
+        family=sd, model=model, rates=Rates(unet=2e-3, text=(2e-3,)), written_as=ModelFormat(stability_layout=False)
+    )
     config = OptimizerConfig(
         optimizer_type="AdamW",
         optimizer_args=["betas=0.9,0.99", "weight_decay=1e-4"],

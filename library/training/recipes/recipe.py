@@ -137,3 +137,12 @@ class Recipe(ABC):
     @abstractmethod
     def extension(self, setup: Setup) -> str:
         """Ending of the written files, with its dot; empty for folders."""
+
+
+def train_by(recipe: Recipe, args: argparse.Namespace) -> None:
+    """The whole run; returns early for `--debug_dataset` and `--dry_run`."""
+    from library.training import assemble, loop
+
+    run = assemble.build_run(recipe, args)
+    if run is not None:
+        loop.train(run)

@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from library.training.targets.target import Target
+from library.messages import UserError, log
+from library.models.family import TextCondition
+from library.models.tokenizers import without_padding
+from library.training.classic_text import get_weighted_text_embeddings
+from library.training.model_parts import Rates, freeze_parts, trained_parts
+from library.training.saving import ModelFormat
+from library.training.targets.target import Target, non_finite
 
 if TYPE_CHECKING:
     from library.data.batch import Batch
-    from library.models.family import Family, LoadedModel, TextCondition
+    from library.models.family import Family, LoadedModel
+    from library.training.draws import Place
+    from library.training.run import Run
+
+_CACHED = ("text_encoder_outputs1_list", "text_encoder_outputs2_list", "text_encoder_pool2_list")
 
 
 class ModelTarget(Target):
-    """Every weight of the U-Net, and of the text encoders when `text_rate` is not 0.
+    """Weights of the U-Net and of the text encoders, each part at its rate.
 
     Args:
         family, model: what is trained, on the training device, in the training dtype.
-        rate: learning rate of the U-Net, 0 freezes it.
-        text_rate: learning rate of the text encoders, 0 freezes them.
+        rates: of the parts.
         clip_skip, max_token_length: as for `Family.encode_text`.
-        stability_layout: of the files that are written.
+        written_as: form of the files that are written.
+        text_steps: updates after which the text encoders stay as they are; None for never.
+        weighted_captions: emphasis marks in captions count.
+        short_captions: captions are not padded beyond the longest of their batch.
+        autocast: a context manager factory for the text encoders that learn.
+        input_dtype: of the latents that the U-Net is given, and of cached text; None leaves them.
     """
 
     def __init__(
@@ -30,42 +46,50 @@ class ModelTarget(Target):
         *,
         family: Family,
         model: LoadedModel,
-        rate: float,
-        text_rate: float,
+        rates: Rates,
         clip_skip: int | None = None,
         max_token_length: int | None = None,
-        stability_layout: bool = True,
+        written_as: ModelFormat | None = None,
+        text_steps: int | None = None,
+        weighted_captions: bool = False,
+        short_captions: bool = False,
+        autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+        input_dtype: torch.dtype | None = None,
     ) -> None:
         self.family = family
         self.model = model
-        self.rate = rate
-        self.text_rate = text_rate
+        self.rates = rates
         self.clip_skip = clip_skip
         self.max_token_length = max_token_length
-        self.stability_layout = stability_layout
-        self.trains_text = text_rate != 0
-        model.unet.requires_grad_(rate != 0).train()
-        for encoder in model.text_encoders:
-            encoder.requires_grad_(self.trains_text).train(self.trains_text)
+        self.written_as = written_as or ModelFormat()
+        self.text_steps = text_steps
+        self.weighted_captions = weighted_captions
+        self.short_captions = short_captions
+        self.autocast = autocast
+        self.input_dtype = input_dtype
+        self.trains_text = rates.trains_text
+        freeze_parts(model.unet, model.text_encoders, rates, family.idle_parameters(model.text_encoders, clip_skip))
+        self.parts = trained_parts(model.unet, model.text_encoders, rates)
+        if not self.parts:
+            raise UserError("every learning rate is 0: nothing would be trained", "give --learning_rate above 0")
+        self._parameters = [parameter for part in self.parts for parameter in part.parameters]
+        self.on_epoch_start(1)
 
     def trained_modules(self) -> dict[str, torch.nn.Module]:
-        """Names (prefixes in a state) and modules, U-Net first."""
-        modules: dict[str, torch.nn.Module] = {"unet": self.model.unet} if self.rate else {}
-        if self.trains_text:
-            names = ("text_encoder", "text_encoder_2")
-            modules |= dict(zip(names, self.model.text_encoders, strict=False))
+        """Names (prefixes in a state) and modules, U-Net first; whether they still learn or have stopped."""
+        modules: dict[str, torch.nn.Module] = {"unet": self.model.unet} if self.rates.trains_unet else {}
+        names = ("text_encoder", "text_encoder_2")
+        for name, encoder, rate in zip(names, self.model.text_encoders, self.rates.text, strict=False):
+            if rate:
+                modules[name] = encoder
         return modules
 
     def parameter_groups(self) -> tuple[list[dict[str, Any]], list[str]]:
-        rates = {"unet": self.rate}
-        groups = [
-            {"params": [p for p in module.parameters() if p.requires_grad], "lr": rates.get(name, self.text_rate)}
-            for name, module in self.trained_modules().items()
-        ]
-        return groups, list(self.trained_modules())
+        groups = [{"params": list(part.parameters), "lr": part.rate} for part in self.parts]
+        return groups, [part.name for part in self.parts]
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
-        return [p for module in self.trained_modules().values() for p in module.parameters() if p.requires_grad]
+        return self._parameters
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {f"{name}.{key}": t for name, m in self.trained_modules().items() for key, t in m.state_dict().items()}
@@ -75,33 +99,98 @@ class ModelTarget(Target):
             prefix = f"{name}."
             module.load_state_dict({k[len(prefix) :]: t for k, t in state.items() if k.startswith(prefix)})
 
+    def load_prepared(self, states: list[dict[str, torch.Tensor]]) -> None:
+        """U-Net and trained text encoders, in this order."""
+        modules = self.trained_modules()
+        for (name, module), state in zip(modules.items(), states, strict=True):
+            own = module.state_dict()
+            module.load_state_dict({k: t for k, t in state.items() if k in own or not k.endswith(".position_ids")})
+            log.info("%s taken from the state", name)
+
+    def on_epoch_start(self, epoch: int) -> None:
+        for module in self.trained_modules().values():
+            module.train()
+
+    def compute_loss(self, run: Run, batch: Batch, place: Place) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self._stop_text_if_due(run.position.step)
+        return super().compute_loss(run, batch, place)
+
+    def _stop_text_if_due(self, step: int) -> None:
+        """From here on the text encoders stay as they are; without gradients the optimizer leaves them alone."""
+        if not self.trains_text or self.text_steps is None or step < self.text_steps:
+            return
+        log.info("step %d: the text encoder stops training", step)
+        self.trains_text = False
+        for encoder in self.model.text_encoders:
+            encoder.requires_grad_(False).eval()
+        self._parameters = [parameter for parameter in self._parameters if parameter.requires_grad]
+
     def encode_text(self, batch: Batch) -> TextCondition:
-        device = next(self.model.unet.parameters()).device
-        ids = [batch[key].to(device, non_blocking=True) for key in ("input_ids", "input_ids2")[: self._encoders()]]
-        with torch.set_grad_enabled(self.trains_text):
+        cached = self._cached_text(batch)
+        if cached is not None:
+            return cached
+        model = self.model
+        with (
+            torch.set_grad_enabled(self.trains_text),
+            self.autocast() if self.trains_text else contextlib.nullcontext(),
+        ):
+            if self.weighted_captions:
+                return TextCondition([self._weighted(batch["captions"])])
             return self.family.encode_text(
-                self.model.text_encoders,
-                ids,
-                tokenizers=self.model.tokenizers,
+                model.text_encoders,
+                self._input_ids(batch),
+                tokenizers=model.tokenizers,
                 clip_skip=self.clip_skip,
                 max_token_length=self.max_token_length,
             )
 
-    def _encoders(self) -> int:
-        return len(self.model.text_encoders)
+    def _cached_text(self, batch: Batch) -> TextCondition | None:
+        first, second, pooled = (batch.get(key) for key in _CACHED)
+        if first is None:
+            return None
+        device, dtype = self._device(), self.input_dtype
+        hidden = [states.to(device, dtype, non_blocking=True) for states in (first, second) if states is not None]
+        return TextCondition(hidden, None if pooled is None else pooled.to(device, dtype, non_blocking=True))
+
+    def _weighted(self, captions: list[str]) -> torch.Tensor:
+        return get_weighted_text_embeddings(
+            self.model.tokenizers[0],
+            self.model.text_encoders[0],
+            captions,
+            self._device(),
+            max_embeddings_multiples=(self.max_token_length or 75) // 75,
+            clip_skip=self.clip_skip,
+        )
+
+    def _input_ids(self, batch: Batch) -> list[torch.Tensor]:
+        ids = [batch[key] for key in ("input_ids", "input_ids2")[: len(self.model.text_encoders)]]
+        if self.short_captions:
+            ids = [without_padding(rows, t.eos_token_id) for rows, t in zip(ids, self.model.tokenizers, strict=True)]
+        return [rows.to(self._device(), non_blocking=True) for rows in ids]
+
+    def _device(self) -> torch.device:
+        return next(self.model.unet.parameters()).device
 
     def predict(
         self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, text: TextCondition, batch: Batch
     ) -> torch.Tensor:
-        return self.family.predict(self.model.unet, noisy_latents, timesteps, text, batch)
+        return self.family.predict(self.model.unet, noisy_latents.to(self.input_dtype), timesteps, text, batch)
 
     def save(self, path: Path, dtype: torch.dtype | None, metadata: dict[str, str], *, epoch: int, step: int) -> None:
+        """Write the model; refused when a weight is not finite."""
+        bad = non_finite(self.state_dict())
+        if bad:
+            raise UserError(
+                f"{path.name} is not written: {len(bad)} weights are not finite numbers, the first is {bad[0]}",
+                "lower the learning rate or use --mixed_precision bf16; earlier files are intact",
+            )
         self.family.save(
             self.model,
             path,
-            stability_layout=self.stability_layout,
+            stability_layout=self.written_as.stability_layout,
+            safetensors=self.written_as.safetensors,
             dtype=dtype,
-            metadata=metadata,
+            metadata=metadata or None,
             epoch=epoch,
             step=step,
         )

@@ -10,7 +10,7 @@ import torch
 from library.messages import UserError, log
 from library.runtime.files import atomic_path
 from library.training.step import per_sample_loss
-from library.training.targets.target import Target
+from library.training.targets.target import Target, non_finite
 
 if TYPE_CHECKING:
     from library.data.batch import Batch
@@ -244,12 +244,3 @@ class NetworkTarget(Target):
             )
         with atomic_path(path) as partial:  # foreign networks neither make the folder nor write atomically
             self.network.save_weights(str(partial), dtype, metadata)
-
-
-def non_finite(state: dict[str, torch.Tensor]) -> list[str]:
-    """Names of tensors with a NaN or infinity; one host read when there are none."""
-    floating = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
-    if not floating:
-        return []
-    flags = torch.stack([torch.isfinite(tensor).all() for tensor in floating.values()]).tolist()
-    return [name for name, finite in zip(floating, flags, strict=True) if not finite]

@@ -80,6 +80,10 @@ class Target(ABC):
         """Modules outside the model that take part in drawing sample pictures."""
         return []
 
+    def load_prepared(self, states: list[dict[str, torch.Tensor]]) -> None:
+        """Restore from a state folder of sd-scripts: one state for each module that it prepared, in its order."""
+        self.load_state_dict(states[-1])
+
     def on_epoch_start(self, epoch: int) -> None:
         """Epoch (1-based) begins."""
 
@@ -89,3 +93,12 @@ class Target(ABC):
     def on_step_end(self) -> dict[str, Any]:
         """After every micro-step (weight-norm cap); values to log, tensors allowed."""
         return {}
+
+
+def non_finite(state: dict[str, torch.Tensor]) -> list[str]:
+    """Names of tensors with a NaN or infinity; one host read when there are none."""
+    floating = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+    if not floating:
+        return []
+    flags = torch.stack([torch.isfinite(tensor).all() for tensor in floating.values()]).tolist()
+    return [name for name, finite in zip(floating, flags, strict=True) if not finite]

@@ -1,0 +1,206 @@
+"""The recipes of the scripts that train a whole model: `train_db.py`, `fine_tune.py`, `sdxl_train.py`."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from library.data.config_schema import Support
+from library.data.text_cache import require_fixed_captions
+from library.models.modelspec import metadata_of_run
+from library.models.text_encoders import enable_gradient_checkpointing
+from library.options.model_training import block_rates
+from library.runtime.wrap import WrapPolicy, wrap_model
+from library.training import model_setup
+from library.training.data_metadata import common_resolution
+from library.training.latents import move_vae
+from library.training.model_parts import Rates
+from library.training.recipes.recipe import Recipe, Setup
+from library.training.saving import ModelFormat, model_format
+from library.training.targets.model import ModelTarget
+
+if TYPE_CHECKING:
+    from library.options.parser import Resolved
+    from library.training.feed import DataFeed
+    from library.training.optimizers import Built
+    from library.training.saver import Metadata
+
+
+class ModelRecipe(Recipe):
+    """A whole model of SD 1.x or 2.x; subclasses say which script's rules hold."""
+
+    def trains_text(self, options: Resolved) -> bool:
+        """Whether the text encoders learn, as far as their rates let them."""
+        return options.model_training.train_text_encoder
+
+    def text_rates(self, options: Resolved) -> list[float | None]:
+        """The rate given for each text encoder, None where none is."""
+        return [options.model_training.learning_rate_te]
+
+    def rates(self, options: Resolved) -> Rates:
+        """Rates of all parts; a part that has none of its own takes `--learning_rate`."""
+        rate, given = options.optimizer.learning_rate, self.text_rates(options)
+        trains_text = self.trains_text(options)
+        blocks = block_rates(options.model_training.block_lr)
+        return Rates(
+            unet=rate,
+            text=tuple((rate if own is None else own) if trains_text else 0.0 for own in given),
+            blocks=None if blocks is None else tuple(blocks),
+            apart=any(own is not None for own in given),
+        )
+
+    def make_target(self, setup: Setup) -> ModelTarget:
+        options = setup.options
+        rates = self.rates(options)
+        self._place_models(setup, rates)
+        model_setup.checkpoint_and_compile(self.family, setup)
+        if options.precision.gradient_checkpointing and rates.trains_text:
+            for encoder in setup.model.text_encoders:
+                enable_gradient_checkpointing(encoder)
+        mixed = setup.dtype != torch.float32
+        return ModelTarget(
+            family=self.family,
+            model=setup.model,
+            rates=rates,
+            clip_skip=options.model.clip_skip,
+            max_token_length=options.model.max_token_length,
+            written_as=self.written_as(setup),
+            text_steps=text_steps(options),
+            weighted_captions=options.model.weighted_captions,
+            short_captions=options.model_training.no_token_padding,
+            autocast=setup.processes.accelerator.autocast if mixed else contextlib.nullcontext,
+            input_dtype=self.input_dtype(setup),
+        )
+
+    def input_dtype(self, setup: Setup) -> torch.dtype | None:
+        """Of the latents that the U-Net is given; they stay float32 unless its weights are halved."""
+        return setup.dtype if is_halved(setup.options) else None
+
+    def _place_models(self, setup: Setup, rates: Rates) -> None:
+        """On the device: what learns in float32 unless `--full_*` halves it, the rest in the weight dtype."""
+        device, model = setup.processes.device, setup.model
+        learning = setup.dtype if is_halved(setup.options) else None
+        unet_dtype = learning if rates.trains_unet else setup.dtype
+        wrap_model(model.unet, WrapPolicy(device=device, dtype=unet_dtype), family=self.family.name)
+        if self.caches_text(setup.options):
+            return
+        for encoder, rate in zip(model.text_encoders, rates.text, strict=True):
+            encoder.to(device, learning if rate else setup.dtype)
+
+    def caches_text(self, options: Resolved) -> bool:
+        """Whether the steps need no text encoders, because all captions are encoded before."""
+        return False
+
+    def written_as(self, setup: Setup) -> ModelFormat:
+        """Form of the written files."""
+        options = setup.options
+        return model_format(
+            options.saving.save_model_as,
+            use_safetensors=options.model_training.use_safetensors,
+            from_stability_layout=setup.model.is_stability_layout,
+        )
+
+    def extension(self, setup: Setup) -> str:
+        return self.written_as(setup).extension
+
+    def metadata(self, setup: Setup, feed: DataFeed, built: Built, epochs: int) -> Metadata:
+        """ModelSpec; a diffusers folder and a pickle have no place for it."""
+        form = self.written_as(setup)
+        if not (form.stability_layout and form.safetensors):
+            return lambda run, epoch: {}
+        return lambda run, epoch: self._modelspec(setup)
+
+    def _modelspec(self, setup: Setup) -> dict[str, str]:
+        options = setup.options
+        return metadata_of_run(
+            options.metadata,
+            kind="checkpoint",
+            v2=options.model.v2,
+            v_parameterization=options.model.v_parameterization,
+            sdxl=self.family.name == "sdxl",
+            timestamp=time.time(),
+            output_name=options.saving.output_name,
+            resolution=options.dataset.resolution or common_resolution(setup.group.datasets),
+            min_timestep=options.objective.min_timestep,
+            max_timestep=options.objective.max_timestep,
+            clip_skip=options.model.clip_skip,
+            is_stability_layout=True,
+        )
+
+
+class DreamBoothRecipe(ModelRecipe):
+    """`train_db.py`: a few pictures of a subject; the text encoder learns too unless told otherwise."""
+
+    script = "train_db.py"
+    tracker = "dreambooth"
+    support = Support(dreambooth=True, finetuning=False, controlnet=False, dropout=True)
+
+    def trains_text(self, options: Resolved) -> bool:
+        return text_steps(options) is None or bool(text_steps(options))
+
+
+class FineTuneRecipe(ModelRecipe):
+    """`fine_tune.py`: pictures of a metadata file."""
+
+    script = "fine_tune.py"
+    tracker = "finetuning"
+    support = Support(dreambooth=False, finetuning=True, controlnet=False, dropout=True)
+
+
+class SdxlModelRecipe(ModelRecipe):
+    """`sdxl_train.py`: an SDXL model, with two text encoders and rates for the U-Net's blocks."""
+
+    script = "sdxl_train.py"
+    tracker = "finetuning"
+    support = Support(dreambooth=True, finetuning=True, controlnet=False, dropout=True)
+    bucket_steps = 32
+
+    def check_group(self, args: Any, group: Any) -> None:
+        if args.cache_text_encoder_outputs:
+            require_fixed_captions(getattr(group, "datasets", [group]))
+        group.verify_bucket_reso_steps(self.bucket_steps)
+
+    def text_rates(self, options: Resolved) -> list[float | None]:
+        config = options.model_training
+        return [config.learning_rate_te1, config.learning_rate_te2]
+
+    def input_dtype(self, setup: Setup) -> torch.dtype | None:
+        return setup.dtype
+
+    def caches_text(self, options: Resolved) -> bool:
+        return options.sdxl.cache_text_encoder_outputs
+
+    def prepare_text(self, setup: Setup) -> None:
+        """With `--cache_text_encoder_outputs` the encoders work once, in float32, and leave the device."""
+        if not self.caches_text(setup.options):
+            super().prepare_text(setup)
+            return
+        model, processes = setup.model, setup.processes
+        encoders = model.text_encoders
+        for encoder in encoders:
+            encoder.to(processes.device, torch.float32)
+        setup.group.cache_text_encoder_outputs(
+            setup.tokenizers,
+            encoders,
+            processes.device,
+            torch.float32,
+            setup.options.sdxl.cache_text_encoder_outputs_to_disk,
+            processes.is_main,
+        )
+        processes.barrier()
+        for encoder in encoders:
+            move_vae(encoder, "cpu")
+
+
+def is_halved(options: Resolved) -> bool:
+    """Whether what learns is held in half precision too."""
+    return options.precision.full_fp16 or options.precision.full_bf16
+
+
+def text_steps(options: Resolved) -> int | None:
+    """Updates after which the text encoder stops; None for never, 0 when it never learns."""
+    stop = options.model_training.stop_text_encoder_training
+    return None if stop is None else max(0, stop)
