@@ -13,6 +13,10 @@ OWN: dict[str, str] = {
     "gradient_checkpointing_interval": "a choice between all blocks and none",
     "json": "output of the model tools for other programs",
     "ignore_exif_orientation": "photographs stand upright; byte compatibility with the original",
+    "detector": "faces without a package that few can install",
+    "cascade_file": "such a detector of OpenCV",
+    "detections_file": "faces that another program found",
+    "score_threshold": "how sure a face must be",
     "on_bad_image": "one broken picture need not stop a run",
 }
 
@@ -48,7 +52,6 @@ LATER: frozenset[str] = frozenset(
         "fp8_base",
         "fp8_base_unet",
         "fused_backward_pass",
-        "fused_optimizer_groups",
         "gradual_latent_every_n_steps",
         "gradual_latent_ratio",
         "gradual_latent_ratio_step",
@@ -66,9 +69,6 @@ LATER: frozenset[str] = frozenset(
         "log_config",
         "loss_type",
         "lbws",
-        "learning_rate_te",
-        "learning_rate_te1",
-        "learning_rate_te2",
         "load_original_model_to",
         "load_precision",
         "load_tuned_model_to",
@@ -107,25 +107,6 @@ LATER: frozenset[str] = frozenset(
         "zero3_init_flag",
         "zero3_save_16bit_model",
         "zero_stage",
-    }
-)
-
-# Options of some training scripts of sd-scripts that every training script has here, as far as it can use them.
-EVERYWHERE: frozenset[str] = frozenset(
-    {
-        "conditioning_data_dir",
-        "cpu_offload_checkpointing",
-        "initial_epoch",
-        "initial_step",
-        "masked_loss",
-        "max_validation_steps",
-        "no_half_vae",
-        "prior_loss_weight",
-        "skip_until_initial_step",
-        "validate_every_n_epochs",
-        "validate_every_n_steps",
-        "validation_seed",
-        "validation_split",
     }
 )
 

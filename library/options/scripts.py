@@ -14,6 +14,7 @@ from typing import Any
 from library.messages import UserError
 from library.options.config_file import ConfigFileConfig
 from library.options.console import ConsoleConfig
+from library.options.data_tools import EdgesConfig, FacesConfig, PictureResizeConfig, TextCleanConfig, TextMergeConfig
 from library.options.dataset import DatasetConfig
 from library.options.declare import Option, options_of
 from library.options.distributed import DistributedConfig
@@ -28,7 +29,6 @@ from library.options.metadata import MetadataConfig
 from library.options.minimal import MinimalConfig
 from library.options.model import ModelConfig
 from library.options.model_tools import ModelConvertConfig, ModelInspectConfig, ModelMergeConfig, ModelMetadataConfig
-from library.options.model_training import ModelTrainingConfig
 from library.options.network import NetworkConfig
 from library.options.network_convert import NetworkConvertConfig
 from library.options.network_tools import (
@@ -54,7 +54,6 @@ CONCERNS: dict[str, type] = {
     "model": ModelConfig,
     "network": NetworkConfig,
     "sdxl": SdxlConfig,
-    "model_training": ModelTrainingConfig,
     "dataset": DatasetConfig,
     "loop": LoopConfig,
     "optimizer": OptimizerConfig,
@@ -79,6 +78,11 @@ CONCERNS: dict[str, type] = {
     "model_inspect": ModelInspectConfig,
     "model_merge": ModelMergeConfig,
     "model_metadata": ModelMetadataConfig,
+    "text_merge": TextMergeConfig,
+    "text_clean": TextCleanConfig,
+    "picture_resize": PictureResizeConfig,
+    "edges": EdgesConfig,
+    "faces": FacesConfig,
     "image": ImageConfig,
     "image_model": ImageModelConfig,
     "image_passes": ImagePassesConfig,
@@ -138,15 +142,6 @@ _TRAINING = (
     "hub",
     "distributed",
 )
-_MODEL_NEEDS = ("pretrained_model_name_or_path", "output_dir")
-_OF_SDXL_MODELS = ("learning_rate_te1", "learning_rate_te2", "block_lr", "fused_optimizer_groups")
-_MODEL_FORMATS: dict[str, dict[str, Any]] = {
-    "save_model_as": {
-        "default": None,
-        "choices": (None, "ckpt", "safetensors", "diffusers", "diffusers_safetensors"),
-        "help": "form of the written model: one file, or a diffusers folder; that of the source when left out",
-    }
-}
 # Tools show messages as they come.
 _NO_CONSOLE = ("console_log_level", "console_log_file", "console_log_simple")
 _BY_SVD = ("new_rank", "new_conv_rank", "device", "lbws")
@@ -219,9 +214,35 @@ MODEL_TOOLS: dict[str, Script] = {
     "tools/show_metadata.py": _tool("Show the metadata of a safetensors file.", "model_metadata", ("model",)),
 }
 
+DATA_TOOLS: dict[str, Script] = {
+    "finetune/merge_captions_to_metadata.py": _tool(
+        "Collect caption files in a metadata file.", "text_merge", ("train_data_dir", "out_json")
+    ),
+    "finetune/merge_dd_tags_to_metadata.py": dataclasses.replace(
+        _tool(
+            "Collect tag files in a metadata file.",
+            "text_merge",
+            ("train_data_dir", "out_json"),
+            ("caption_extention",),
+        ),
+        changed={"caption_extension": {"default": ".txt"}},
+    ),
+    "finetune/clean_captions_and_tags.py": _tool(
+        "Clean captions and tags of a metadata file.", "text_clean", ("in_json", "out_json")
+    ),
+    "tools/resize_images_to_resolution.py": _tool(
+        "Make smaller copies of a folder's pictures.", "picture_resize", ("src_img_folder", "dst_img_folder")
+    ),
+    "tools/canny.py": _tool("Draw the edges of a picture.", "edges", ("input", "output")),
+    "tools/detect_face_rotate.py": _tool(
+        "Find faces in pictures, turn them upright and cut them out.", "faces", ("src_dir", "dst_dir")
+    ),
+}
+
 SCRIPTS: dict[str, Script] = {
     **NETWORK_TOOLS,
     **MODEL_TOOLS,
+    **DATA_TOOLS,
     "train_network.py": Script(
         summary="Train a network (LoRA and its relatives) on a Stable Diffusion 1.x or 2.x model.",
         concerns=(*_TRAINING, "network"),
@@ -231,30 +252,6 @@ SCRIPTS: dict[str, Script] = {
         summary="Train a network (LoRA and its relatives) on an SDXL model.",
         concerns=(*_TRAINING, "network", "sdxl"),
         required=("pretrained_model_name_or_path", "network_module", "output_dir"),
-        family="sdxl",
-    ),
-    "train_db.py": Script(
-        summary="Train a Stable Diffusion 1.x or 2.x model on pictures of a subject (DreamBooth).",
-        concerns=(*_TRAINING, "model_training"),
-        absent=frozenset({*_OF_SDXL_MODELS, "fp8_base_unet", "in_json", "dataset_repeats", "train_text_encoder"})
-        | {"diffusers_xformers"},
-        changed=_MODEL_FORMATS,
-        required=_MODEL_NEEDS,
-    ),
-    "fine_tune.py": Script(
-        summary="Train a Stable Diffusion 1.x or 2.x model on pictures of a metadata file.",
-        concerns=(*_TRAINING, "model_training"),
-        absent=frozenset({*_OF_SDXL_MODELS, "fp8_base_unet", "reg_data_dir", "prior_loss_weight"})
-        | {"no_token_padding", "stop_text_encoder_training"},
-        changed=_MODEL_FORMATS,
-        required=_MODEL_NEEDS,
-    ),
-    "sdxl_train.py": Script(
-        summary="Train an SDXL model.",
-        concerns=(*_TRAINING, "model_training", "sdxl"),
-        absent=frozenset({"fp8_base_unet", "no_token_padding", "stop_text_encoder_training", "learning_rate_te"}),
-        changed=_MODEL_FORMATS,
-        required=_MODEL_NEEDS,
         family="sdxl",
     ),
     "gen_img_diffusers.py": Script(

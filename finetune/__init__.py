@@ -1,0 +1,1 @@
+"""Scripts that prepare captions, tags and metadata files."""
