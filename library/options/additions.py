@@ -52,6 +52,7 @@ LATER: frozenset[str] = frozenset(
         "fp8_base",
         "fp8_base_unet",
         "fused_backward_pass",
+        "fused_optimizer_groups",
         "gradual_latent_every_n_steps",
         "gradual_latent_ratio",
         "gradual_latent_ratio_step",
@@ -69,6 +70,9 @@ LATER: frozenset[str] = frozenset(
         "log_config",
         "loss_type",
         "lbws",
+        "learning_rate_te",
+        "learning_rate_te1",
+        "learning_rate_te2",
         "load_original_model_to",
         "load_precision",
         "load_tuned_model_to",
@@ -107,6 +111,25 @@ LATER: frozenset[str] = frozenset(
         "zero3_init_flag",
         "zero3_save_16bit_model",
         "zero_stage",
+    }
+)
+
+# Options of some training scripts of sd-scripts that every training script has here, as far as it can use them.
+EVERYWHERE: frozenset[str] = frozenset(
+    {
+        "conditioning_data_dir",
+        "cpu_offload_checkpointing",
+        "initial_epoch",
+        "initial_step",
+        "masked_loss",
+        "max_validation_steps",
+        "no_half_vae",
+        "prior_loss_weight",
+        "skip_until_initial_step",
+        "validate_every_n_epochs",
+        "validate_every_n_steps",
+        "validation_seed",
+        "validation_split",
     }
 )
 

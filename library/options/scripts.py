@@ -29,6 +29,7 @@ from library.options.metadata import MetadataConfig
 from library.options.minimal import MinimalConfig
 from library.options.model import ModelConfig
 from library.options.model_tools import ModelConvertConfig, ModelInspectConfig, ModelMergeConfig, ModelMetadataConfig
+from library.options.model_training import ModelTrainingConfig
 from library.options.network import NetworkConfig
 from library.options.network_convert import NetworkConvertConfig
 from library.options.network_tools import (
@@ -54,6 +55,7 @@ CONCERNS: dict[str, type] = {
     "model": ModelConfig,
     "network": NetworkConfig,
     "sdxl": SdxlConfig,
+    "model_training": ModelTrainingConfig,
     "dataset": DatasetConfig,
     "loop": LoopConfig,
     "optimizer": OptimizerConfig,
@@ -142,6 +144,15 @@ _TRAINING = (
     "hub",
     "distributed",
 )
+_MODEL_NEEDS = ("pretrained_model_name_or_path", "output_dir")
+_OF_SDXL_MODELS = ("learning_rate_te1", "learning_rate_te2", "block_lr", "fused_optimizer_groups")
+_MODEL_FORMATS: dict[str, dict[str, Any]] = {
+    "save_model_as": {
+        "default": None,
+        "choices": (None, "ckpt", "safetensors", "diffusers", "diffusers_safetensors"),
+        "help": "form of the written model: one file, or a diffusers folder; that of the source when left out",
+    }
+}
 # Tools show messages as they come.
 _NO_CONSOLE = ("console_log_level", "console_log_file", "console_log_simple")
 _BY_SVD = ("new_rank", "new_conv_rank", "device", "lbws")
@@ -252,6 +263,30 @@ SCRIPTS: dict[str, Script] = {
         summary="Train a network (LoRA and its relatives) on an SDXL model.",
         concerns=(*_TRAINING, "network", "sdxl"),
         required=("pretrained_model_name_or_path", "network_module", "output_dir"),
+        family="sdxl",
+    ),
+    "train_db.py": Script(
+        summary="Train a Stable Diffusion 1.x or 2.x model on pictures of a subject (DreamBooth).",
+        concerns=(*_TRAINING, "model_training"),
+        absent=frozenset({*_OF_SDXL_MODELS, "fp8_base_unet", "in_json", "dataset_repeats", "train_text_encoder"})
+        | {"diffusers_xformers"},
+        changed=_MODEL_FORMATS,
+        required=_MODEL_NEEDS,
+    ),
+    "fine_tune.py": Script(
+        summary="Train a Stable Diffusion 1.x or 2.x model on pictures of a metadata file.",
+        concerns=(*_TRAINING, "model_training"),
+        absent=frozenset({*_OF_SDXL_MODELS, "fp8_base_unet", "reg_data_dir", "prior_loss_weight"})
+        | {"no_token_padding", "stop_text_encoder_training"},
+        changed=_MODEL_FORMATS,
+        required=_MODEL_NEEDS,
+    ),
+    "sdxl_train.py": Script(
+        summary="Train an SDXL model.",
+        concerns=(*_TRAINING, "model_training", "sdxl"),
+        absent=frozenset({"fp8_base_unet", "no_token_padding", "stop_text_encoder_training", "learning_rate_te"}),
+        changed=_MODEL_FORMATS,
+        required=_MODEL_NEEDS,
         family="sdxl",
     ),
     "gen_img_diffusers.py": Script(
