@@ -32,6 +32,7 @@ __all__ = ["Page", "Series", "number"]
 STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 # No request leaves the page, whatever its texts hold.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+LONG_CAPTION = 160
 LEVELS = ("info", "good", "warning", "error")
 
 Picture = Any  # bytes of a PNG, JPEG, WebP or GIF file, or a Pillow image
@@ -166,7 +167,8 @@ class Page:
         """Pictures with captions side by side, as many in a row as the page has room for.
 
         Args:
-            pictures: (bytes or Pillow image, caption).
+            pictures: (bytes or Pillow image, caption); the first of several lines is a name, and what is long is
+                folded.
             width: least width of one in CSS pixels.
         """
         cells = "".join(_picture_html(picture, caption, None) for picture, caption in pictures)
@@ -227,8 +229,17 @@ def _picture_html(picture: Picture, caption: str, alt: str | None) -> str:
     text = escape(alt if alt is not None else caption)
     return (
         f'<figure class="picture"><img src="{data_uri(picture)}" alt="{text}" loading="lazy">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
+        f"<figcaption>{_caption_html(caption)}</figcaption></figure>"
     )
+
+
+def _caption_html(caption: str) -> str:
+    name, _, rest = caption.rpartition("\n")
+    head = f"<strong>{escape(name)}</strong> " if name else ""
+    if len(rest) <= LONG_CAPTION:
+        return head + escape(rest)
+    start = rest[:LONG_CAPTION].rsplit(" ", 1)[0]
+    return f"{head}<details><summary>{escape(start)} ...</summary>{escape(rest[len(start) :])}</details>"
 
 
 def _marked(text: str) -> str:

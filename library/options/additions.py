@@ -17,11 +17,18 @@ OWN: dict[str, str] = {
     "cascade_file": "such a detector of OpenCV",
     "detections_file": "faces that another program found",
     "score_threshold": "how sure a face must be",
+    "no_duplicates": "a fast look at a large data set",
+    "processes": "steps of a training on several devices, before it is started",
+    "page": "the data set to look at",
+    "pictures_per_bucket": "how much of it",
+    "script": "whose options are given",
     "on_bad_image": "one broken picture need not stop a run",
 }
 
 # Scripts of this project that the original and its later releases do not have.
-OWN_SCRIPTS: frozenset[str] = frozenset({"networks/convert_lora.py", "tools/inspect_model.py"})
+OWN_SCRIPTS: frozenset[str] = frozenset(
+    {"networks/convert_lora.py", "tools/inspect_dataset.py", "tools/inspect_model.py"}
+)
 
 # Of sd-scripts 0.7.1 to 0.10.1, in every script that has the concern.
 LATER: frozenset[str] = frozenset(

@@ -15,6 +15,7 @@ from library.messages import UserError
 from library.options.config_file import ConfigFileConfig
 from library.options.console import ConsoleConfig
 from library.options.data_tools import EdgesConfig, FacesConfig, PictureResizeConfig, TextCleanConfig, TextMergeConfig
+from library.options.data_inspect import DataInspectConfig
 from library.options.dataset import DatasetConfig
 from library.options.declare import Option, options_of
 from library.options.distributed import DistributedConfig
@@ -91,6 +92,7 @@ CONCERNS: dict[str, type] = {
     "image_sizes": ImageSizesConfig,
     "minimal": MinimalConfig,
     "network_convert": NetworkConvertConfig,
+    "data_inspect": DataInspectConfig,
 }
 
 
@@ -329,6 +331,19 @@ SCRIPTS: dict[str, Script] = {
         required=("model", "save_to"),
     ),
 }
+
+
+def _reporter() -> Script:
+    """Takes what any training script takes, so that a training's own command line or TOML file can be given."""
+    trainings = [script for script in SCRIPTS.values() if {"dataset", "optimizer"} <= {*script.concerns}]
+    concerns = dict.fromkeys(concern for script in trainings for concern in script.concerns)
+    return Script(
+        summary="Say what a training would make of its pictures and captions, and write a page about them.",
+        concerns=("data_inspect", *concerns),
+    )
+
+
+SCRIPTS["tools/inspect_dataset.py"] = _reporter()
 
 
 def find_script(name: str) -> Script:

@@ -76,7 +76,11 @@ def refused(script: str) -> set[str]:
 METADATA_ONLY = {"training_comment"}
 
 
-@pytest.mark.parametrize("script", sorted(SCRIPTS))
+# Takes what every training script takes, and hands it to the rules of the one that is named.
+OF_OTHERS = {"tools/inspect_dataset.py"}
+
+
+@pytest.mark.parametrize("script", sorted(set(SCRIPTS) - OF_OTHERS))
 def test_every_option_is_read_or_refused(script: str) -> None:
     ignored = [
         option.dest
