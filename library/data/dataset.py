@@ -196,12 +196,16 @@ class Dataset(torch.utils.data.Dataset):
             epoch=epoch,
             step=step,
             max_train_steps=self.max_train_steps,
-            replacements=self.replacements,
+            replacements=self._replacements(item),
         )
 
     def fixed_caption(self, item: Item) -> str:
         """The item's caption where nothing changes it by chance; what a text cache encodes."""
-        return captions.fixed(item.caption, self.subsets[item.subset], self.replacements)
+        return captions.fixed(item.caption, self.subsets[item.subset], self._replacements(item))
+
+    def _replacements(self, item: Item) -> list[tuple[str, str | list[str]]]:
+        """Regularisation pictures show the class, not what is learned: their captions stay."""
+        return [] if item.is_reg else self.replacements
 
     def _cached_text(self, index: int, item: Item) -> CachedText | None:
         if self.memory_text is not None:
@@ -291,7 +295,10 @@ class Dataset(torch.utils.data.Dataset):
         self.max_train_steps = steps
 
     def add_replacement(self, str_from: str, str_to: str | list[str]) -> None:
-        """Replace text in every caption; from "" the whole caption, by one of a list or by a text."""
+        """Replace text in every caption but those of regularisation pictures.
+
+        From "" the whole caption is replaced, by one of a list or by a text.
+        """
         self.replacements.append((str_from, str_to))
 
     def is_latent_cacheable(self) -> bool:

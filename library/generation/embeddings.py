@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from library.models.embedding_files import (
     tables_for_encoders,
     tables_for_layers,
 )
-from library.models.embeddings import add_tokens, grow_table, layer_strings, set_rows, token_strings, widths_of
+from library.models.embeddings import add_layer_tokens, add_tokens, grow_table, set_rows, token_strings, widths_of
 from library.models.family import LoadedModel
 
 
@@ -77,13 +78,13 @@ def add_embeddings(model: LoadedModel, files: EmbeddingFiles) -> Words:
     rows: list[tuple[int, list[int], torch.Tensor]] = []
     for stored in files.plain:
         tables = _complete(stored, tables_for_encoders(stored, widths))
-        ids = _add(model, stored, token_strings(stored.path.stem, stored.count))
+        ids = _added(stored, add_tokens, model.tokenizers, token_strings(stored.path.stem, stored.count))
         vectors[ids[0]] = ids
         rows += [(encoder, ids, table) for encoder, table in enumerate(tables)]
     for stored in files.xti:
         by_layer = tables_for_layers(stored, widths[0])
-        ids = _add(model, stored, token_strings(stored.path.stem, stored.count))
-        layers[ids[0]] = [_add(model, stored, strings) for strings in layer_strings(stored.path.stem, stored.count)]
+        ids = _added(stored, add_tokens, model.tokenizers, token_strings(stored.path.stem, stored.count))
+        layers[ids[0]] = _added(stored, add_layer_tokens, model.tokenizers, stored.path.stem, stored.count)
         rows += [(0, layer, table) for layer, table in zip(layers[ids[0]], by_layer, strict=True)]
         # A prompt may name a single vector (word1), which has no layer: it is the middle of all.
         rows.append((0, ids, torch.stack(by_layer).mean(dim=0)))
@@ -103,10 +104,10 @@ def _complete(stored: StoredEmbedding, tables: Sequence[torch.Tensor | None]) ->
     return [table for table in tables if table is not None]
 
 
-def _add(model: LoadedModel, stored: StoredEmbedding, strings: Sequence[str]) -> list[int]:
+def _added(stored: StoredEmbedding, add: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function that adds tokens gives; a refusal names the file."""
     try:
-        return add_tokens(model.tokenizers, strings)
+        return add(*arguments)
     except UserError as error:
-        raise UserError(
-            f"{stored.path}: {error.problem}", "rename the file: its name is the word in prompts"
-        ) from error
+        remedy = "rename the file: its name is the word in prompts"
+        raise UserError(f"{stored.path}: {error.problem}", remedy) from error

@@ -28,6 +28,16 @@ def layer_strings(word: str, count: int) -> list[list[str]]:
     return [[f"{token}_{layer}" for token in token_strings(word, count)] for layer in XTI_LAYERS]
 
 
+def add_layer_tokens(tokenizers: Sequence[Any], word: str, count: int) -> list[list[int]]:
+    """Add the tokens of a word for each layer of XTI; their ids, layer by layer.
+
+    Raises:
+        UserError: see `add_tokens`.
+    """
+    ids = add_tokens(tokenizers, [string for strings in layer_strings(word, count) for string in strings])
+    return [ids[start : start + count] for start in range(0, len(ids), count)]
+
+
 def add_tokens(tokenizers: Sequence[Any], strings: Sequence[str]) -> list[int]:
     """Add tokens to all tokenizers of a model.
 
