@@ -22,7 +22,6 @@ OF_TRAININGS = {
     "fp8_base",
     "fp8_base_unet",
     "cpu_offload_checkpointing",
-    "fused_backward_pass",
 }
 OF_MODELS = OF_TRAININGS - {"fp8_base", "fp8_base_unet"}
 REFUSED = {

@@ -11,6 +11,7 @@ OWN: dict[str, str] = {
     "dump_schema": "front ends build their forms from it",
     "dry_run": "the effective settings without a run",
     "gradient_checkpointing_interval": "a choice between all blocks and none",
+    "nan_policy": "a bad update need not end a long run",
     "json": "output of the model tools for other programs",
     "ignore_exif_orientation": "photographs stand upright; byte compatibility with the original",
     "detector": "faces without a package that few can install",

@@ -118,6 +118,24 @@ def check_optimizer(options: Resolved) -> None:
         _check_schedule(options, arguments)
 
 
+def check_updates(options: Resolved) -> None:
+    """Updates inside the backward pass leave no gradients to add up, to scale or to average."""
+    groups = options.value("fused_optimizer_groups")
+    flags = ["--fused_backward_pass"] * options.optimizer.fused_backward_pass
+    flags += ["--fused_optimizer_groups"] * (groups is not None)
+    if groups is not None and groups < 1:
+        raise UserError(f"--fused_optimizer_groups {groups} is below 1", "10 is usual")
+    if len(flags) > 1:
+        raise UserError("--fused_backward_pass with --fused_optimizer_groups", "give one of them")
+    if flags and options.loop.gradient_accumulation_steps > 1:
+        raise UserError(
+            f"{flags[0]} with --gradient_accumulation_steps {options.loop.gradient_accumulation_steps}",
+            "leave one of them out: gradients are gone as soon as they are there",
+        )
+    if flags and options.precision.mixed_precision == "fp16":
+        raise UserError(f"{flags[0]} with --mixed_precision fp16", "use --mixed_precision bf16")
+
+
 def _schedule_is_unused(optimizer: Any) -> bool:
     """Schedule-free optimizers take none; Adafactor with its relative step brings its own."""
     if (optimizer.optimizer_type or "").lower().endswith("schedulefree"):
@@ -306,6 +324,7 @@ _CHECKS = (
     ("model_training", check_model_training),
     ("loop", check_length),
     ("optimizer", check_optimizer),
+    ("optimizer", check_updates),
     ("objective", check_objective),
     ("precision", check_precision),
     ("saving", check_saving),

@@ -20,7 +20,6 @@ _OF_TRAININGS = {
     "fp8_base": "8-bit base models",
     "fp8_base_unet": "8-bit base models",
     "cpu_offload_checkpointing": "activations in CPU memory",
-    "fused_backward_pass": "updates inside the backward pass",
 }
 _OF_MODELS = {name: feature for name, feature in _OF_TRAININGS.items() if not name.startswith("fp8_base")}
 

@@ -30,6 +30,11 @@ class PrecisionConfig:
     cpu_offload_checkpointing: bool = option(
         False, "keep the checkpointed activations in CPU memory; needs --gradient_checkpointing"
     )
+    nan_policy: str = option(
+        "stop",
+        "at a loss or gradient that is not a finite number: stop with the state before it, or skip that update",
+        choices=("stop", "skip"),
+    )
     torch_compile: bool = option(False, "compile the model's repeated blocks with torch.compile")
     dynamo_backend: str = option(
         "inductor",

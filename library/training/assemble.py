@@ -23,6 +23,7 @@ from library.runtime.processes import Processes, start_processes
 from library.training import data_setup, model_setup
 from library.training.draws import Draws
 from library.training.feed import DataFeed
+from library.training.fused_backward import require_one_process
 from library.training.guard import FiniteGuard
 from library.training.hub import download_state
 from library.training.idle_parts import set_idle_aside
@@ -85,6 +86,7 @@ def build_run(recipe: Recipe, args: argparse.Namespace, draws: Draws | None = No
     rounding = StochasticRounding(args.seed) if options.precision.full_bf16 else None
     fused_groups = options.value("fused_optimizer_groups")
     built = make_optimizer(groups, options.optimizer, fused_groups=fused_groups, rounding=rounding)
+    require_one_process(built.optimizer, processes)
     names = [names[source] for source in built.sources]
     write_back_optimizer(args, built)
     feed = make_feed(setup)
@@ -112,7 +114,7 @@ def build_run(recipe: Recipe, args: argparse.Namespace, draws: Draws | None = No
         optimizer=built.optimizer,
         lr_schedule=schedule,
         scaler=make_scaler(options.precision, processes.device),
-        guard=FiniteGuard(built.optimizer),
+        guard=FiniteGuard(built.optimizer, options.precision.nan_policy, processes),
         processes=processes,
         autocast=processes.accelerator.autocast if setup.dtype != torch.float32 else contextlib.nullcontext,
         accumulation=feed.accumulation,

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from library.messages import UserError
 from library.training.pieces import Group, Maker, PiecewiseOptimizer, masks_on_device
 
 if TYPE_CHECKING:
+    from library.runtime.processes import Processes
     from library.training.stochastic_rounding import StochasticRounding
 
 _EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
@@ -106,10 +108,26 @@ class FusedBackward(PiecewiseOptimizer):
 
     def take_back_counts(self) -> None:
         """The last backward pass was masked: counters of updates that live in Python go back too."""
-        for state in self.state.values():
-            if isinstance(state.get("step"), int) and state["step"] > 0:
-                state["step"] -= 1
+        for parameter, state in list(self.state.items()):
+            if not isinstance(state.get("step"), int):
+                continue
+            state["step"] -= 1
+            if state["step"] < 1:
+                del self.state[parameter]  # as before the first update
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Everything is updated already."""
+
+
+def require_one_process(optimizer: torch.optim.Optimizer, processes: Processes) -> None:
+    """Gradients are averaged over processes when all are there, which is never the case here.
+
+    Raises:
+        UserError: there are several processes.
+    """
+    if isinstance(optimizer, FusedBackward) and processes.count > 1:
+        raise UserError(
+            f"updates inside the backward pass on {processes.count} processes",
+            "leave out --fused_backward_pass and --fused_optimizer_groups, or launch one process",
+        )

@@ -1,15 +1,26 @@
-"""Stops a run at a non-finite loss or gradient, without a host read in the step.
+"""Keeps non-finite losses and gradients out of the weights, without a host read in the step.
 
 The flag is computed on the device and masks the update there (fused optimizers take it as `found_inf`); it is
-copied to pinned memory and read one update later. Optimizers that cannot be masked are asked at once.
+copied to pinned memory and read one update later. Optimizers that cannot be masked, and those that update inside the
+backward pass, are asked at once. Then the run stops, or goes on without that update (`--nan_policy`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from library.messages import log
+from library.training.fused_backward import FusedBackward
+from library.training.pieces import masks_on_device
+
+if TYPE_CHECKING:
+    from library.runtime.processes import Processes
+
+# With `--nan_policy skip`, so many updates left out in a row are no accident.
+MOST_IN_A_ROW = 20
 
 
 @dataclass(slots=True)
@@ -34,12 +45,25 @@ class Suspect:
 
 
 class FiniteGuard:
-    """Watches updates; `check_last()` tells of the previous one, `watch()` masks and remembers this one."""
+    """Watches updates; `check_last()` tells of the previous one, `watch()` masks and remembers this one.
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+    Args:
+        optimizer: of the run.
+        policy: `--nan_policy`.
+        processes: that train together, and leave an update out together.
+
+    Attributes:
+        skipped: updates left out so far; in_a_row: those since the last good one.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, policy: str = "stop", processes: Processes | None = None
+    ) -> None:
         self.optimizer = optimizer
-        self.maskable = all(group.get("fused") for group in optimizer.param_groups)
+        self.policy = policy
+        self.processes = processes
         self.last: Suspect | None = None
+        self.skipped = self.in_a_row = 0
 
     def watch(
         self,
@@ -59,6 +83,11 @@ class FiniteGuard:
         if gradient_norm is not None:
             values.append(gradient_norm.detach().float().reshape(()))
         bad = (~torch.isfinite(torch.stack(values))).any().float().reshape(1)
+        in_backward = isinstance(self.optimizer, FusedBackward)
+        if in_backward:
+            bad = torch.maximum(bad, self.optimizer.finish_backward().to(bad.device))
+        if self.processes is not None and self.processes.count > 1:
+            bad = (self.processes.reduce_mean(bad) > 0).float()
         flag, ready = bad, None
         if bad.is_cuda:
             flag = torch.empty(1, pin_memory=True)
@@ -68,12 +97,40 @@ class FiniteGuard:
         elif bad.device.type != "cpu":
             flag = bad.cpu()
         self.last = Suspect(flag, ready, image_keys, timesteps, place_to_return)
-        if self.maskable:
+        if not in_backward and masks_on_device(self.optimizer):
             self.optimizer.found_inf = bad.reshape(())  # type: ignore[attr-defined]
             return True
-        return not self.last.is_bad()
+        if not self.last.is_bad():
+            return True
+        if in_backward:
+            self.optimizer.take_back_counts()
+        return False
 
     def check_last(self) -> Suspect | None:
         """The previous update if it was not finite; asked before the next update and at the end."""
         last, self.last = self.last, None
-        return last if last is not None and last.is_bad() else None
+        if last is None:
+            return None
+        if last.is_bad():
+            return last
+        self.in_a_row = 0
+        return None
+
+    def tolerates(self, suspect: Suspect) -> bool:
+        """Whether the run goes on without this update; says so."""
+        if self.policy != "skip":
+            return False
+        self.skipped += 1
+        self.in_a_row += 1
+        if self.in_a_row >= MOST_IN_A_ROW:
+            log.warning("%d updates in a row had to be left out", self.in_a_row)
+            return False
+        position, _ = suspect.place_to_return
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # else the schedule warns of a missing update
+        log.warning(
+            "step %d is left out: the loss or a gradient is not a finite number (%s); %d so far",
+            position.step + 1,
+            suspect.describe(),
+            self.skipped,
+        )
+        return True

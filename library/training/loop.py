@@ -105,16 +105,16 @@ def update(run: Run, pending: list[tuple[torch.Tensor, Batch, torch.Tensor | Non
         timesteps=torch.cat(steps) if (steps := [t for _, _, t in pending if t is not None]) else None,
         place_to_return=before,
     )
+    skipped = False
     if not finite:
         stop_if_bad(run, run.guard.check_last())
-    if run.scaler:
+    elif run.scaler:
         scale = run.scaler.get_scale()
         run.scaler.step(run.optimizer)
         run.scaler.update()
         skipped = run.scaler.get_scale() < scale
     else:
         run.optimizer.step()
-        skipped = False
     if not skipped:
         run.lr_schedule.step()
     run.optimizer.zero_grad(set_to_none=True)
@@ -142,8 +142,8 @@ def save_and_stop(run: Run) -> None:
 
 
 def stop_if_bad(run: Run, suspect: Suspect | None) -> None:
-    """Save the state before a non-finite update and stop, naming its pictures and timesteps."""
-    if suspect is None:
+    """Save the state before a non-finite update and stop, naming its pictures and timesteps; or go on, if told to."""
+    if suspect is None or run.guard.tolerates(suspect):
         return
     position, schedule_state = suspect.place_to_return
     run.position = position

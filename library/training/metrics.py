@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,9 @@ class LossRecorder:
         self._total = 0.0
 
     def add(self, *, epoch: int, step: int, loss: float) -> None:
-        """Note the loss of micro-step `step` (from 0) of epoch `epoch` (from 0)."""
+        """Note the loss of micro-step `step` (from 0) of epoch `epoch` (from 0); one that is not finite is left out."""
+        if not math.isfinite(loss):
+            return
         self._total += loss - self._losses.get(step, 0.0)
         self._losses[step] = loss
 
@@ -67,6 +70,26 @@ def step_logs(
     logs.update({NORM_KEYS.get(name, name): value for name, value in values.items() if value is not None})
     logs.update(rate_logs(rates, names, optimizer))
     return logs
+
+
+def model_step_logs(
+    current_loss: float,
+    average_loss: float,
+    rates: Sequence[float],
+    names: Sequence[str],
+    *,
+    optimizer: Any = None,
+    **values: Any,
+) -> dict[str, Any]:
+    """The same for the scripts that train whole models: `loss`, and `lr` of the first part unless blocks have rates."""
+    logs: dict[str, Any] = {"loss": current_loss, "loss/average": average_loss}
+    logs.update({NORM_KEYS.get(name, name): value for name, value in values.items() if value is not None})
+    by_name = rate_logs(rates, names, optimizer)
+    if len(names) == 1:
+        by_name.pop(f"lr/{names[0]}")
+    if not names[0].startswith("block"):
+        logs["lr"] = rates[0]
+    return {**logs, **by_name}
 
 
 def rate_logs(rates: Sequence[float], names: Sequence[str] | None = None, optimizer: Any = None) -> dict[str, float]:

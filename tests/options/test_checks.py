@@ -196,7 +196,6 @@ def test_what_is_allowed(line: str, caplog: pytest.LogCaptureFixture) -> None:
         ("--keep_tokens 1", {"keep_tokens"}),
         ("--keep_tokens 1 --shuffle_caption", set()),
         ("--network_train_unet_only --text_encoder_lr 1e-5", {"text_encoder_lr"}),
-        ("--optimizer_type Prodigy --unet_lr 1 --text_encoder_lr 0.5", {"unet_lr", "text_encoder_lr"}),
         ("--optimizer_type AdamWScheduleFree --lr_scheduler cosine", {"lr_scheduler"}),
         ("--max_train_epochs 3 --max_train_steps 100", {"max_train_steps"}),
         ("--xformers --sdpa", {"sdpa"}),
