@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from library.options.additions import EVERYWHERE, LATER, OWN, OWN_SCRIPTS, SEVERAL, WIDER
+from library.options.additions import EVERYWHERE, LATER, MORE_CHOICES, OWN, OWN_SCRIPTS, SEVERAL, WIDER
 from library.options.parser import build_parser
 from library.options.scripts import SCRIPTS
 
@@ -74,6 +74,8 @@ def differences(recorded: list[dict], actions: dict[str, argparse.Action]) -> li
             if key == "nargs" and dest in SEVERAL:
                 assert expected is None, f"{dest} is listed as one that took one value"
                 expected = "*"
+            if key == "choices" and dest in MORE_CHOICES:
+                expected = [*expected, *MORE_CHOICES[dest]]
             if key == "type" and expected == "int_or_float":
                 expected = "int_or_ratio"
             if expected != value or type(expected) is not type(value):

@@ -16,8 +16,6 @@ from library.options.scripts import SCRIPTS, find_script
 from tests.options.test_every_option_counts import MODEL_TRAIN, OF_THE_PARSER, TRAIN, TUNING
 
 OF_TRAININGS = {
-    "in_json",
-    "conditioning_data_dir",
     "deepspeed",
     "fp8_base",
     "fp8_base_unet",

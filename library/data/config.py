@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from library.data import config_file
 from library.data.config_schema import (
     DATASET_KEYS,
+    DATASET_ONLY_KEYS,
     DROPOUT_KEYS,
-    OWN_KEYS,
     SHARED_KEYS,
     SUBSET_KEYS,
     Support,
     check,
     kind_of,
+    own_keys,
 )
 from library.data.folders import required_tables
 from library.data.records import DatasetSettings, Size, SubsetSettings
@@ -71,6 +73,7 @@ def options_of(dataset: DatasetConfig) -> dict[str, Any]:
         values["caption_extension"] = values["caption_extention"]
     values["resolution"] = parse_resolution(values["resolution"])
     values["face_crop_aug_range"] = parse_face_range(values["face_crop_aug_range"])
+    values["skip_image_resolution"] = parse_resolution(values["skip_image_resolution"], "skip_image_resolution")
     return {key: values.get(OPTION_NAMES.get(key, key)) for key in {*values, *OPTION_NAMES}}
 
 
@@ -80,7 +83,7 @@ def resolve(config: Mapping[str, Any], options: Mapping[str, Any], support: Supp
     return tuple(_resolve_dataset(table, general, options, support) for table in config.get("datasets", ()))
 
 
-def parse_resolution(text: str | Sequence[int] | None) -> Size | None:
+def parse_resolution(text: str | Sequence[int] | None, name: str = "resolution") -> Size | None:
     """`512` -> (512, 512), `768,512` -> (768, 512) (width, height); a pair is handed on.
 
     Raises:
@@ -94,7 +97,7 @@ def parse_resolution(text: str | Sequence[int] | None) -> Size | None:
     except ValueError:
         numbers = []
     if len(numbers) not in (1, 2):
-        raise UserError(f"--resolution {text} cannot be read", "give one number or WIDTH,HEIGHT, such as 768,512")
+        raise UserError(f"--{name} {text} cannot be read", "give one number or WIDTH,HEIGHT, such as 768,512")
     return numbers[0], numbers[-1]
 
 
@@ -132,8 +135,10 @@ def _resolve_dataset(
     assert kind is not None, "mixed kinds were refused by check"
     values = _found((*DATASET_KEYS, "resize_interpolation"), (table, general, options))
     values |= _found(("prior_loss_weight", "max_token_length", "debug_dataset"), (options,))
-    if values.get("resolution") is not None:
-        values["resolution"] = parse_resolution(values["resolution"])
+    values |= {key: table[key] for key in DATASET_ONLY_KEYS if key in table}
+    for key in ("resolution", "skip_image_resolution"):
+        if values.get(key) is not None:
+            values[key] = parse_resolution(values[key], key)
     chain = (table, general, options)
     return DatasetSettings(
         **values, kind=kind, subsets=tuple(_resolve_subset(subset, kind, chain, support) for subset in subsets)
@@ -146,8 +151,8 @@ def _resolve_subset(
     keys = (*SUBSET_KEYS, *SHARED_KEYS[kind], *(DROPOUT_KEYS if support.dropout else ()))
     values = _found(keys, (subset, *chain))
     # These may stand in the subset alone, so nothing above it is asked except the option.
-    values |= _found(OWN_KEYS[kind], (subset,))
-    if "alpha_mask" in OWN_KEYS[kind]:
+    values |= _found(own_keys(support, kind), (subset,))
+    if "alpha_mask" in own_keys(support, kind):
         values |= _found(("alpha_mask",), (subset, chain[-1]))
     if values.get("face_crop_aug_range") is not None:
         values["face_crop_aug_range"] = tuple(values["face_crop_aug_range"])
@@ -168,21 +173,32 @@ def _subsets_from_options(dataset: DatasetConfig, support: Support) -> list[dict
     if support.controlnet and not support.dreambooth and not support.finetuning:
         return [_pairs_from_options(dataset)]
     if support.finetuning and (dataset.in_json or not support.dreambooth):
-        return [_metadata_from_options(dataset)]
+        return [_metadata_from_options(dataset, support)]
     if not dataset.train_data_dir:
         raise UserError("no training pictures are given", "set --train_data_dir or --dataset_config")
     tables = required_tables(dataset.train_data_dir, "--train_data_dir")
+    tables = [_with_masks(table, dataset, support) for table in tables]
     if dataset.reg_data_dir:
         tables += required_tables(dataset.reg_data_dir, "--reg_data_dir", is_reg=True)
     # One use per epoch is the folder's word, not that of --dataset_repeats, which is for --in_json.
     return tables
 
 
-def _metadata_from_options(dataset: DatasetConfig) -> dict[str, Any]:
+def _with_masks(table: dict[str, Any], dataset: DatasetConfig, support: Support) -> dict[str, Any]:
+    """The subset with its folder of masks: one of the same name in `--conditioning_data_dir`, or that itself."""
+    if not (support.masks and dataset.conditioning_data_dir):
+        return table
+    own = os.path.join(dataset.conditioning_data_dir, os.path.basename(os.path.normpath(table.get("image_dir", ""))))
+    return {**table, "conditioning_data_dir": own if os.path.isdir(own) else dataset.conditioning_data_dir}
+
+
+def _metadata_from_options(dataset: DatasetConfig, support: Support) -> dict[str, Any]:
     if not dataset.in_json:
         raise UserError("--in_json is missing", "give the metadata file, or a --dataset_config")
     table = {"metadata_file": dataset.in_json}
-    return table | ({"image_dir": dataset.train_data_dir} if dataset.train_data_dir else {})
+    if dataset.train_data_dir:
+        table["image_dir"] = dataset.train_data_dir
+    return _with_masks(table, dataset, support)
 
 
 def _pairs_from_options(dataset: DatasetConfig) -> dict[str, Any]:

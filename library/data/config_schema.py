@@ -26,12 +26,14 @@ class Support:
         finetuning: metadata files.
         controlnet: folders with conditioning pictures.
         dropout: the caption dropout settings.
+        masks: loss masks from a folder (`conditioning_data_dir`) for folders of pictures and metadata files.
     """
 
     dreambooth: bool = True
     finetuning: bool = False
     controlnet: bool = False
     dropout: bool = True
+    masks: bool = False
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -99,9 +101,12 @@ DATASET_KEYS: Mapping[str, Rule] = {
     "bucket_reso_steps": INT,
     "bucket_no_upscale": BOOL,
     "network_multiplier": NUMBER,
+    "skip_image_resolution": RESOLUTION,
     "validation_split": NUMBER,
     "validation_seed": INT,
 }
+# Keys of [[datasets]] alone.
+DATASET_ONLY_KEYS: Mapping[str, Rule] = {"is_validation": BOOL}
 SUBSET_KEYS: Mapping[str, Rule] = {
     "num_repeats": INT,
     "shuffle_caption": BOOL,
@@ -143,6 +148,7 @@ REQUIRED_KEYS: Mapping[str, tuple[str, ...]] = {
     FINETUNING: ("metadata_file",),
     CONTROLNET: ("image_dir", "conditioning_data_dir"),
 }
+MASK_KEYS: Mapping[str, Rule] = {"conditioning_data_dir": TEXT}
 # Options that are no keys, and what to write instead.
 COMMAND_LINE_NAMES: Mapping[str, str] = {
     "train_batch_size": "the key is batch_size",
@@ -165,6 +171,11 @@ def shared_keys(support: Support, kinds: Iterable[str]) -> dict[str, Rule]:
     for kind in kinds:
         keys |= SHARED_KEYS[kind]
     return keys
+
+
+def own_keys(support: Support, kind: str) -> dict[str, Rule]:
+    """Keys that stand in a subset of this kind alone."""
+    return {**OWN_KEYS[kind], **(MASK_KEYS if support.masks and kind != CONTROLNET else {})}
 
 
 def kind_of(subsets: Iterable[Mapping[str, Any]], support: Support) -> str | None:
@@ -217,7 +228,8 @@ def _check_dataset(path: Path, table: Any, support: Support) -> Iterator[Problem
         yield Problem(path, "subsets with and without metadata_file are mixed: put them into two [[datasets]]")
         return
     own = {key: value for key, value in table.items() if key != "subsets"}
-    yield from _check_table(path, own, {**DATASET_KEYS, **shared_keys(support, [kind])}, support)
+    keys = {**DATASET_KEYS, **DATASET_ONLY_KEYS, **shared_keys(support, [kind])}
+    yield from _check_table(path, own, keys, support)
     if "subsets" in table:
         yield from _check_list(
             (*path, "subsets"), entries, lambda place, entry: _check_subset(place, entry, kind, support)
@@ -225,7 +237,7 @@ def _check_dataset(path: Path, table: Any, support: Support) -> Iterator[Problem
 
 
 def _check_subset(path: Path, table: Any, kind: str, support: Support) -> Iterator[Problem]:
-    yield from _check_table(path, table, {**shared_keys(support, [kind]), **OWN_KEYS[kind]}, support)
+    yield from _check_table(path, table, {**shared_keys(support, [kind]), **own_keys(support, kind)}, support)
     if isinstance(table, Mapping):
         for key in REQUIRED_KEYS[kind]:
             if key not in table:
@@ -262,10 +274,14 @@ def _unknown(key: str, keys: Mapping[str, Rule], support: Support, place: str) -
     """Why a key is refused here, and which one was probably meant."""
     if key in COMMAND_LINE_NAMES:
         return f"is no key of a data-set file: {COMMAND_LINE_NAMES[key]}"
+    if key in DATASET_ONLY_KEYS:
+        return f"is not allowed in {place}: put it into a [[datasets]] table"
     if key in DATASET_KEYS:
         return f"is not allowed in {place}: put it into [[datasets]] or [general]"
     subset_only = {name for kind in OWN_KEYS.values() for name in kind}
-    if key in subset_only and any(key in OWN_KEYS[kind] for kind in support.kinds) and key not in keys:
+    if key in MASK_KEYS and not support.masks and CONTROLNET not in support.kinds:
+        return f"is not allowed in {place}: it gives masks of the loss, which need --masked_loss"
+    if key in subset_only and any(key in own_keys(support, kind) for kind in support.kinds) and key not in keys:
         return f"is not allowed in {place}: it belongs into a [[datasets.subsets]] table"
     if key in SUBSET_KEYS:
         return f"is not allowed in {place}: put it into [general], [[datasets]] or [[datasets.subsets]]"

@@ -116,6 +116,15 @@ def picture_for_cache(item: Item, subset: SubsetSettings, settings: DatasetSetti
     return _cut_to_bucket(image, item, interpolation(settings, subset), None)
 
 
+def picture_with_mask(item: Item, subset: SubsetSettings, settings: DatasetSettings) -> np.ndarray:
+    """The picture and, as fourth channel, its mask, both cut as for training without any random change.
+
+    Returns:
+        uint8 (H, W, 4); 3 channels where the picture has no mask.
+    """
+    return _cut_to_bucket(_with_mask(item, subset, settings), item, interpolation(settings, subset), None)
+
+
 def sample_of_cache(
     cached: CachedLatents, item: Item, subset: SubsetSettings, settings: DatasetSettings, flipped: bool
 ) -> Sample:

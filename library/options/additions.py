@@ -24,6 +24,7 @@ OWN: dict[str, str] = {
     "pictures_per_bucket": "how much of it",
     "script": "whose options are given",
     "on_bad_image": "one broken picture need not stop a run",
+    "skip_image_resolution": "small pictures need not be enlarged",
 }
 
 # Scripts of this project that the original and its later releases do not have.
@@ -146,3 +147,6 @@ WIDER: dict[str, tuple[str, str]] = {"lr_warmup_steps": ("int", "int_or_ratio")}
 
 # Original options of one value that take several here, as in later releases.
 SEVERAL: frozenset[str] = frozenset({"text_encoder_lr"})
+
+# Choices that options have here beside those of the original or its later releases.
+MORE_CHOICES: dict[str, tuple[str, ...]] = {"resize_interpolation": ("auto",)}

@@ -64,7 +64,7 @@ def check_data(options: Resolved) -> None:
     data = options.dataset
     if data.dataset_config is not None:
         _check_dataset_file(options)
-    elif not (data.train_data_dir or data.dataset_class):
+    elif not (data.train_data_dir or data.dataset_class or options.value("in_json")):
         raise UserError("no pictures given", "give --train_data_dir or --dataset_config")
     _at_least(data, 1, "train_batch_size", "bucket_reso_steps", "min_bucket_reso", "vae_batch_size", "dataset_repeats")
     _share(data, "caption_dropout_rate", "caption_tag_dropout_rate", "validation_split")

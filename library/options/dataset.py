@@ -17,7 +17,7 @@ class DatasetConfig:
     )
     reg_data_dir: str | None = option(None, "folder of regularisation pictures in folders named REPEATS_NAME")
     in_json: str | None = option(
-        None, "metadata file with captions and sizes; selects the fine-tuning kind of data set"
+        None, "metadata file (.json or .jsonl) with captions and sizes; selects the fine-tuning kind of data set"
     )
     conditioning_data_dir: str | None = option(
         None, "folder of conditioning pictures, or of masks for --masked_loss, with the names of the training pictures"
@@ -29,6 +29,9 @@ class DatasetConfig:
     dataset_repeats: int = option(1, "how often each picture of --in_json is used per epoch")
     resolution: str | None = option(None, "training resolution in pixels: one number, or WIDTH,HEIGHT")
     train_batch_size: int = option(1, "pictures per device and micro-step")
+    skip_image_resolution: str | None = option(
+        None, "leave out pictures of at most this many pixels: one number squared, or WIDTH,HEIGHT multiplied"
+    )
     enable_bucket: bool = option(False, "train pictures of different shapes in buckets of equal shape")
     min_bucket_reso: int = option(256, "smallest side of a bucket in pixels")
     max_bucket_reso: int = option(1024, "largest side of a bucket in pixels")
@@ -69,8 +72,8 @@ class DatasetConfig:
     random_crop: bool = option(False, "crop at a random place instead of the centre; not together with --cache_latents")
     resize_interpolation: str | None = option(
         None,
-        "how pictures are resized; area when left out",
-        choices=("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area"),
+        "how pictures are resized; area when left out, auto takes Lanczos where a picture grows",
+        choices=("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "auto"),
     )
     ignore_exif_orientation: bool = option(
         False,

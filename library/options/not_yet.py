@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from library.options.parser import Resolved
 
 _OF_TRAININGS = {
-    "in_json": "data sets of a metadata file",
-    "conditioning_data_dir": "masks from a folder",
     "validation_split": "the validation loss",
     "deepspeed": "DeepSpeed",
     "fp8_base": "8-bit base models",

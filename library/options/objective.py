@@ -53,4 +53,6 @@ class ObjectiveConfig:
     )
     huber_c: float = option(0.1, "threshold of huber and smooth_l1 at the noisy end of the schedule")
     huber_scale: float = option(1.0, "factor of the threshold of huber and smooth_l1")
-    masked_loss: bool = option(False, "weigh the loss by mask pictures from --conditioning_data_dir")
+    masked_loss: bool = option(
+        False, "weigh the loss by mask pictures from --conditioning_data_dir, or from that key of the data-set file"
+    )

@@ -79,6 +79,8 @@ def build_run(recipe: Recipe, args: argparse.Namespace, draws: Draws | None = No
         draws=draws or Draws(args.seed, processes.device),
         dtype=weight_dtype(options.precision.mixed_precision),
     )
+    if processes.is_main:
+        data_setup.show_masks(options, group)
     prepare_model(recipe, setup)
     target = recipe.make_target(setup)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,10 @@ from library.data.config import parse_resolution, resolve_datasets
 from library.data.config_schema import Support
 from library.data.group import DatasetGroup, build_group
 from library.data.latents_file import fingerprint
+from library.data.masks import count_masks, write_overlays
+from library.data.pairs import uses_masks
 from library.data.records import DatasetSettings
+from library.data.support import with_masks
 from library.messages import UserError, log
 from library.replaceable import replacement
 from library.runtime.processes import Processes
@@ -22,6 +26,7 @@ from library.training.caption_tokens import CaptionTokens
 from library.training.draws import Draws
 from library.training.latents import move_vae
 from library.training.model_setup import CacheEncoder
+from library.training.saving import DEFAULT_LAST_OUTPUT_NAME
 
 if TYPE_CHECKING:
     from library.models.family import Family, LoadedModel
@@ -36,6 +41,7 @@ def build_data(options: Resolved, support: Support, tokenizers: list[Any], seed:
     """
     if options.dataset.dataset_class:
         return foreign_group(options, tokenizers)
+    support = with_masks(support, bool(options.value("masked_loss")))
     settings = resolve_datasets(options.dataset, support=support, max_token_length=options.model.max_token_length)
     foreign = replacement("config_util", "generate_dataset_group_by_blueprint")
     if foreign is not None:
@@ -46,6 +52,9 @@ def build_data(options: Resolved, support: Support, tokenizers: list[Any], seed:
     for note in [note for result in scans for note in result.notes]:
         log.info("%s", note)
     sources.require_pictures(settings, scans)
+    masks = count_masks(settings, scans)
+    if masks is not None:
+        log.info("mask used for %d of %d pictures", *masks)
     tokenize = CaptionTokens(tokenizers, options.model.max_token_length)
     return build_group(settings, scans, tokenize=tokenize, seed=seed)
 
@@ -56,11 +65,22 @@ def require_masks(options: Resolved, settings: tuple[DatasetSettings, ...]) -> N
     Raises:
         UserError: no data set has masks.
     """
-    if options.objective.masked_loss and not any(sub.alpha_mask for one in settings for sub in one.subsets):
+    if options.value("masked_loss") and not any(uses_masks(sub, one.kind) for one in settings for sub in one.subsets):
+        where = "in the data-set file" if options.dataset.dataset_config else "beside --train_data_dir"
         raise UserError(
             "--masked_loss: no data set has masks",
-            "give --alpha_mask, or alpha_mask = true in the data-set file; masks from a folder are not supported yet",
+            f"give a folder of masks as conditioning_data_dir {where}, or use alpha channels with alpha_mask",
         )
+
+
+def show_masks(options: Resolved, group: Any) -> None:
+    """Write one picture per bucket with its mask over it into the output folder, and say where."""
+    if not options.saving.output_dir:
+        return
+    folder, name = Path(options.saving.output_dir), options.saving.output_name or DEFAULT_LAST_OUTPUT_NAME
+    written = write_overlays(group, folder, name)
+    if written:
+        log.info("masks as they are used are shown in %s, one picture per bucket", written[0].parent)
 
 
 def foreign_group(options: Resolved, tokenizers: list[Any]) -> Any:

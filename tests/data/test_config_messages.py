@@ -8,6 +8,7 @@ import pytest
 
 from library.data.config import Support, resolve_datasets
 from library.data.config_file import read
+from library.data.support import with_masks
 from library.messages import UserError
 from library.options.dataset import DatasetConfig
 
@@ -149,3 +150,55 @@ def test_what_folders_and_files_leave_out_is_said(tmp_path: Path, caplog: pytest
         resolve_datasets(DatasetConfig(), support=Support())
     with pytest.raises(UserError, match="--in_json is missing"):
         resolve_datasets(DatasetConfig(), support=Support(dreambooth=False, finetuning=True))
+
+
+def test_masks_from_a_folder_need_masked_loss(tmp_path: Path) -> None:
+    text = '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "a"\nconditioning_data_dir = "m"\n'
+    path = write(tmp_path, text)
+    assert "it gives masks of the loss, which need --masked_loss" in refused(path)
+    found = resolve_datasets(DatasetConfig(dataset_config=path), support=with_masks(Support(), True))
+    assert found[0].kind == "dreambooth" and found[0].subsets[0].conditioning_data_dir == "m"
+    pairs = Support(dreambooth=False, controlnet=True)
+    assert with_masks(pairs, True) == pairs
+    (found,) = resolve_datasets(DatasetConfig(dataset_config=path), support=pairs)
+    assert found.kind == "controlnet"
+
+
+def test_a_data_set_for_validation_says_so_itself(tmp_path: Path) -> None:
+    text = '[[datasets]]\nis_validation = true\n[[datasets.subsets]]\nimage_dir = "a"\n[[datasets]]\n'
+    found = resolve_datasets(DatasetConfig(dataset_config=write(tmp_path, text)), support=Support())
+    assert [one.is_validation for one in found] == [True, False]
+    path = write(tmp_path, "[general]\nis_validation = true\n[[datasets]]\n")
+    assert "general.is_validation: is not allowed in [general]: put it into a [[datasets]] table" in refused(path)
+    path = write(tmp_path, "[[datasets]]\nis_validation = 1\n")
+    assert "must be true or false" in refused(path)
+
+
+@pytest.mark.parametrize(("text", "size"), [("768", (768, 768)), ("[640, 480]", (640, 480))])
+def test_small_pictures_are_skipped_from_either_place(text: str, size: tuple[int, int], tmp_path: Path) -> None:
+    path = write(tmp_path, f"[[datasets]]\nskip_image_resolution = {text}\n[[datasets]]\n")
+    options = DatasetConfig(dataset_config=path, skip_image_resolution="100,50")
+    found = resolve_datasets(options, support=Support())
+    assert [one.skip_image_resolution for one in found] == [size, (100, 50)]
+    with pytest.raises(UserError, match="--skip_image_resolution x"):
+        resolve_datasets(DatasetConfig(dataset_config=path, skip_image_resolution="x"), support=Support())
+
+
+def test_masks_beside_the_options_folders(tmp_path: Path) -> None:
+    for name in ("train/2_cat", "train/3_dog", "masks/2_cat"):
+        (tmp_path / name).mkdir(parents=True)
+    options = DatasetConfig(
+        train_data_dir=str(tmp_path / "train"), conditioning_data_dir=str(tmp_path / "masks"), dataset_repeats=5
+    )
+    (found,) = resolve_datasets(options, support=with_masks(Support(finetuning=True), True))
+    assert [subset.conditioning_data_dir for subset in found.subsets] == [
+        str(tmp_path / "masks" / "2_cat"),
+        str(tmp_path / "masks"),
+    ]
+    assert [subset.num_repeats for subset in found.subsets] == [2, 3]
+    (found,) = resolve_datasets(options, support=Support())
+    assert {subset.conditioning_data_dir for subset in found.subsets} == {None}
+    options = DatasetConfig(in_json="m.json", conditioning_data_dir="masks", dataset_repeats=5)
+    (found,) = resolve_datasets(options, support=with_masks(Support(finetuning=True), True))
+    (subset,) = found.subsets
+    assert (found.kind, subset.num_repeats, subset.conditioning_data_dir) == ("finetuning", 5, "masks")

@@ -10,6 +10,7 @@ import pytest
 
 from library.data import config, sources
 from library.data.buckets import bucket_rule
+from library.data.support import SUPPORT
 from library.messages import UserError
 from library.options.dataset import DatasetConfig
 from library.options.declare import from_namespace, options_of
@@ -28,14 +29,16 @@ REFUSED_NOW = {
 KNOWN_NOW = {"option only known later: enable_wildcard", "option only known later: keep_tokens_separator"}
 # A metadata file of options may go without --train_data_dir (the original refused it).
 ACCEPTED_NOW = {"image_dir null with in_json from arguments"}
-# Refused by building metadata or ControlNet data sets, which come later.
-LATER = {
-    "metadata file does not exist",
-    "resolution missing, no bucket info in metadata",
-    "bucket_no_upscale with bucket info in metadata",
-    "image of metadata not found",
-    "conditioning image missing",
-    "conditioning image without image",
+
+
+# What is said of metadata files and pairs of pictures that do not fit.
+WORDS = {
+    "metadata file does not exist": "nofile.json does not exist",
+    "resolution missing, no bucket info in metadata": "no training resolution",
+    "bucket_no_upscale with bucket info in metadata": "bucket_no_upscale",
+    "image of metadata not found": "zzz (named in md_miss.json, not found in imgs)",
+    "conditioning image missing": "no picture of the same name in cond_missing (imgs/b.png)",
+    "conditioning image without image": "no training picture (cond_extra/z.png)",
 }
 
 
@@ -89,6 +92,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.new("RGB", (64, 64)).save(place / name)
     (root / "train" / "file.txt").write_text("x")
     (root / "md.json").write_text(json.dumps(layout["md.json"]))
+    for name, entries in {
+        "md_res.json": {"a": {"train_resolution": [64, 64]}},
+        "md_miss.json": {"zzz": {"caption": "x"}},
+    }.items():
+        (root / name).write_text(json.dumps(entries))
+    for name, pictures in {"cond_missing": ("a.png",), "cond_extra": ("a.png", "b.png", "z.png")}.items():
+        (root / name).mkdir()
+        for picture in pictures:
+            Image.new("RGB", (64, 64)).save(root / name / picture)
     return root
 
 
@@ -146,7 +158,7 @@ def build(case: dict) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    [case for case in GOLDEN["refused"] if case["reason"] not in LATER | KNOWN_NOW | ACCEPTED_NOW],
+    [case for case in GOLDEN["refused"] if case["reason"] not in KNOWN_NOW | ACCEPTED_NOW],
     ids=lambda case: f"{case['reason']}|{case_name(case)}",
 )
 def test_refused_cases_are_refused_naming_the_recorded_place(
@@ -161,6 +173,7 @@ def test_refused_cases_are_refused_naming_the_recorded_place(
         return
     with pytest.raises(UserError) as error:
         build(case)
+    assert WORDS.get(case["reason"], "") in str(error.value)
     if case["stage"] == "config" and case["config"] is not None:
         for detail in case["details"]:
             assert place_of(detail["path"]) in str(error.value)
@@ -172,9 +185,15 @@ def place_of(path: list[str]) -> str:
 
 def test_exceptions_from_the_recorded_cases_exist() -> None:
     reasons = {case["reason"] for case in GOLDEN["refused"]}
-    assert reasons >= LATER | KNOWN_NOW | ACCEPTED_NOW
+    assert reasons >= KNOWN_NOW | ACCEPTED_NOW | set(WORDS)
     names = {case_name(case) for case in GOLDEN["accepted"]}
     assert {name for name in REFUSED_NOW if "|config " not in name} <= names
+
+
+@pytest.mark.parametrize("script", sorted(GOLDEN["scripts"]))
+def test_each_script_takes_the_recorded_kinds_of_data_sets(script: str) -> None:
+    assert SUPPORT[f"{script}.py"] == config.Support(**GOLDEN["scripts"][script]["config_support"])
+    assert all(str(name).endswith(".py") and support.kinds and not support.masks for name, support in SUPPORT.items())
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,25 @@ def test_settings_out_of_range_are_refused(values: dict, words: str, tmp_path: P
         sources.scan(settings_of({"image_dir": str(tmp_path / "d")}, **values))
 
 
+def test_small_pictures_are_left_out_on_demand(tmp_path: Path) -> None:
+    make_files(tmp_path, {"d/a.png": [10, 10], "d/b.png": [20, 5], "d/c.png": [11, 10]})
+    found = sources.scan(settings_of({"image_dir": str(tmp_path / "d")}, skip_image_resolution=(10, 10)))
+    assert [Path(item.key).name for item in found.items] == ["c.png"]
+    assert found.image_counts == [1]
+    assert any("2 pictures of at most 10x10 are left out" in note for note in found.notes)
+
+
+def test_pictures_for_validation_alone_are_not_trained_on(tmp_path: Path) -> None:
+    make_files(tmp_path, {"d/a.png": [8, 8], "r/a.png": [8, 8]})
+    subsets = [{"image_dir": str(tmp_path / "d"), "num_repeats": 3}, {"image_dir": str(tmp_path / "r"), "is_reg": True}]
+    settings = settings_of(*subsets, is_validation=True)
+    found = sources.scan(settings)
+    assert (found.items, len(found.validation), found.num_train_images) == ([], 1, 0)
+    assert any("regularisation pictures are not for validation" in note for note in found.notes)
+    with pytest.raises(UserError, match="held out for validation"):
+        sources.require_pictures([settings], [found])
+
+
 def test_links_and_unicode_names_are_followed(tmp_path: Path) -> None:
     make_files(tmp_path, {"real/ä 日本.png": [8, 9], "real/ä 日本.txt": "x"})
     (tmp_path / "d").symlink_to(tmp_path / "real", target_is_directory=True)

@@ -41,10 +41,11 @@ def test_alpha_masks_need_no_other_option(options: dict) -> None:
 
 
 def test_masked_loss_without_masks_is_refused() -> None:
-    options = SimpleNamespace(objective=ObjectiveConfig(masked_loss=True))
-    with pytest.raises(UserError, match="give --alpha_mask"):
+    options = SimpleNamespace(value={"masked_loss": True}.get, dataset=SimpleNamespace(dataset_config=None))
+    with pytest.raises(UserError, match="conditioning_data_dir beside --train_data_dir"):
         require_masks(options, (DatasetSettings(subsets=(SubsetSettings(image_dir="d"),)),))
-    require_masks(options, (DatasetSettings(subsets=(SubsetSettings(image_dir="d", alpha_mask=True),)),))
+    for values in ({"alpha_mask": True}, {"conditioning_data_dir": "m"}):
+        require_masks(options, (DatasetSettings(subsets=(SubsetSettings(image_dir="d", **values),)),))
 
 
 class Network(torch.nn.Module):
