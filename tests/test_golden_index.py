@@ -30,11 +30,6 @@ LATER = {
     **dict.fromkeys((f"tools_{name}*" for name in DATA_TOOLS), "data tools"),
     "embeddings_init.json": "embeddings",
     "embeddings_training*": "embeddings",
-    "training_replay_db.*": "training scripts that save whole models",
-    "training_replay_finetune.*": "training scripts that save whole models",
-    "training_replay_sdxl.*": "training scripts that save whole models",
-    "training_replay_sdxl_block.*": "training scripts that save whole models",
-    "training_replay_sdxl_network.*": "SDXL networks",
 }
 
 

@@ -58,9 +58,7 @@ def _trains_text(options: Resolved) -> bool:
 def _text_encoder_learns(options: Resolved) -> bool:
     """Of a whole model."""
     stop = options.model_training.stop_text_encoder_training
-    return options.model_training.train_text_encoder or (
-        options.script == "train_db.py" and (stop is None or stop > 0)
-    )
+    return options.model_training.train_text_encoder or (options.script == "train_db.py" and (stop is None or stop > 0))
 
 
 def _classic_folders(options: Resolved) -> bool:

@@ -131,6 +131,7 @@ def build_run(recipe: Recipe, args: argparse.Namespace, draws: Draws | None = No
             log_to=processes.accelerator.log if has_trackers else None,
             hooks=recipe.hooks,
             args=args,
+            step_logs=recipe.step_logs,
         ),
         saver=Saver(
             options.saving,

@@ -6,6 +6,7 @@ before anything is saved. Each value is then logged under its own step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ class LogBook:
         group_names: one per optimizer group.
         log_to: `log(values, step=...)` of the active trackers, or None.
         hooks, args: a trainer's hooks and its live namespace, where there is one.
+        step_logs: makes the trackers' values of a micro-step, see `metrics.py`.
     """
 
     def __init__(
@@ -53,12 +55,14 @@ class LogBook:
         log_to: Any = None,
         hooks: Hooks | None = None,
         args: Any = None,
+        step_logs: Callable[..., dict[str, Any]] = step_logs,
     ) -> None:
         self.recorder = LossRecorder()
         self.group_names = group_names
         self.log_to = log_to
         self.hooks = hooks
         self.args = args
+        self.step_logs = step_logs
         self.entries: list[Entry] = []
         self.total = total
         self.pictures_per_update = pictures_per_update
@@ -117,7 +121,7 @@ class LogBook:
             )
             self.hooks.call("step_logging", run.processes.accelerator, logs, entry.step, entry.epoch)
             return
-        logs = step_logs(loss, average, entry.rates, self.group_names, optimizer=run.optimizer, **values)
+        logs = self.step_logs(loss, average, entry.rates, self.group_names, optimizer=run.optimizer, **values)
         (self.log_to or run.processes.accelerator.log)(logs, step=entry.step)
 
     def open(self, run: Run) -> None:

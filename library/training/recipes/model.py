@@ -17,6 +17,7 @@ from library.runtime.wrap import WrapPolicy, wrap_model
 from library.training import model_setup
 from library.training.data_metadata import common_resolution
 from library.training.latents import move_vae
+from library.training.metrics import model_step_logs
 from library.training.model_parts import Rates
 from library.training.recipes.recipe import Recipe, Setup
 from library.training.saving import ModelFormat, model_format
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 class ModelRecipe(Recipe):
     """A whole model of SD 1.x or 2.x; subclasses say which script's rules hold."""
+
+    step_logs = staticmethod(model_step_logs)
 
     def trains_text(self, options: Resolved) -> bool:
         """Whether the text encoders learn, as far as their rates let them."""

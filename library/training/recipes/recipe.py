@@ -15,6 +15,7 @@ import torch
 from library.models.family import Family, LoadedModel, family
 from library.options.scripts import find_script
 from library.training import model_setup
+from library.training.metrics import step_logs
 
 if TYPE_CHECKING:
     import argparse
@@ -71,14 +72,14 @@ class Recipe(ABC):
         script: whose options the namespace has; the model family follows from it.
         tracker: name of the trackers' run when `--log_tracker_name` is left out.
         support: which kinds of data sets it takes.
-        loss_key: under which the trackers find the loss of a micro-step.
+        step_logs: makes the trackers' values of a micro-step.
         hooks: of a trainer object of third parties, where there is one.
     """
 
     script: str
     tracker: str
     support: Support
-    loss_key: str = "loss"
+    step_logs = staticmethod(step_logs)
     hooks: Hooks | None = None
 
     @property
@@ -90,6 +91,9 @@ class Recipe(ABC):
     def load_tokenizers(self, args: Any) -> list[Any]:
         """One tokenizer per text encoder."""
         return self.family.load_tokenizers(getattr(args, "v2", False), args.tokenizer_cache_dir, args.max_token_length)
+
+    def prepare_captions(self, args: Any, group: Any) -> None:
+        """What becomes of all captions of the data sets, before anything is shown or cached."""
 
     def check_group(self, args: Any, group: Any) -> None:
         """Checks that need the data sets, and settings that go into them; may change `args`."""
