@@ -12,6 +12,8 @@ OWN: dict[str, str] = {
     "dry_run": "the effective settings without a run",
     "gradient_checkpointing_interval": "a choice between all blocks and none",
     "nan_policy": "a bad update need not end a long run",
+    "verify": "whether cache files hold, without a model",
+    "prune": "cache files that serve nobody, deleted",
     "json": "output of the model tools for other programs",
     "ignore_exif_orientation": "photographs stand upright; byte compatibility with the original",
     "detector": "faces without a package that few can install",
@@ -37,6 +39,8 @@ LATER: frozenset[str] = frozenset(
     {
         "alpha_mask",
         "cache_info",
+        "cache_text_encoder_outputs",
+        "cache_text_encoder_outputs_to_disk",
         "caption_separator",
         "clamp_quantile",
         "conditioning_data_dir",
@@ -110,6 +114,7 @@ LATER: frozenset[str] = frozenset(
         "secondary_separator",
         "skip_cache_check",
         "skip_until_initial_step",
+        "text_encoder_batch_size",
         "torch_compile",
         "validate_every_n_epochs",
         "validate_every_n_steps",
@@ -117,6 +122,7 @@ LATER: frozenset[str] = frozenset(
         "validation_split",
         "variant",
         "wandb_run_name",
+        "weighted_captions",
         "zero3_init_flag",
         "zero3_save_16bit_model",
         "zero_stage",
@@ -141,6 +147,9 @@ EVERYWHERE: frozenset[str] = frozenset(
         "validation_split",
     }
 )
+
+# Of caching tools of successors, for model families that are not here.
+OTHER_FAMILIES: frozenset[str] = frozenset({"controlnet_model_name_or_path", "model_type"})
 
 # Original options whose type is wider here: option -> (type there, type here).
 WIDER: dict[str, tuple[str, str]] = {"lr_warmup_steps": ("int", "int_or_ratio")}

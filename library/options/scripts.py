@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from library.messages import UserError
+from library.options.caching import CachingConfig
 from library.options.config_file import ConfigFileConfig
 from library.options.console import ConsoleConfig
 from library.options.data_tools import EdgesConfig, FacesConfig, PictureResizeConfig, TextCleanConfig, TextMergeConfig
@@ -58,6 +59,7 @@ CONCERNS: dict[str, type] = {
     "sdxl": SdxlConfig,
     "model_training": ModelTrainingConfig,
     "dataset": DatasetConfig,
+    "caching": CachingConfig,
     "loop": LoopConfig,
     "optimizer": OptimizerConfig,
     "objective": ObjectiveConfig,
@@ -169,6 +171,38 @@ def _tool(summary: str, concern: str, required: tuple[str, ...], absent: tuple[s
     )
 
 
+_CACHING = (
+    *("config_file", "model", "dataset", "caching", "sdxl", "saving", "metadata", "precision", "loop", "objective"),
+    *("samples", "logging", "console", "hub", "distributed"),
+)
+# Of these concerns, what the frozen command lines of the caching tools lack.
+_NOT_CACHING = frozenset(
+    {
+        *("scale_v_pred_loss_like_noise_pred", "min_snr_gamma", "debiased_estimation_loss", "v_pred_like_loss"),
+        *("initial_step", "initial_epoch", "skip_until_initial_step", "dry_run", "no_report", "save_model_as"),
+        *("cpu_offload_checkpointing", "gradient_checkpointing_interval", "fp8_base_unet"),
+        *("validation_split", "validation_seed"),
+        *("deepspeed", "zero_stage", "zero3_init_flag", "zero3_save_16bit_model", "offload_optimizer_device"),
+        *("offload_optimizer_nvme_path", "offload_param_device", "offload_param_nvme_path"),
+        "fp16_master_weights_and_gradients",
+    }
+)
+
+CACHE_TOOLS: dict[str, Script] = {
+    "tools/cache_latents.py": Script(
+        summary="Encode the pictures of data sets before a training; the latents go into files beside the pictures.",
+        concerns=_CACHING,
+        absent=_NOT_CACHING | {"weighted_captions"},
+    ),
+    "tools/cache_text_encoder_outputs.py": Script(
+        summary="Encode the captions of data sets before an SDXL training, into files beside the pictures.",
+        concerns=_CACHING,
+        absent=_NOT_CACHING | {"no_half_vae"},
+        required=("sdxl",),
+        family="sdxl",
+    ),
+}
+
 NETWORK_TOOLS: dict[str, Script] = {
     "networks/check_lora_weights.py": _tool("List the tensors of a LoRA file.", "network_check", ("file",)),
     "networks/extract_lora_from_dylora.py": _tool(
@@ -255,6 +289,7 @@ DATA_TOOLS: dict[str, Script] = {
 SCRIPTS: dict[str, Script] = {
     **NETWORK_TOOLS,
     **MODEL_TOOLS,
+    **CACHE_TOOLS,
     **DATA_TOOLS,
     "train_network.py": Script(
         summary="Train a network (LoRA and its relatives) on a Stable Diffusion 1.x or 2.x model.",

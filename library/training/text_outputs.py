@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from library.data.latents_file import fingerprint
-from library.data.text_cache import cache_text_outputs
+from library.data.text_cache import BATCH_SIZE, cache_text_outputs
 from library.data.text_file import CachedText, TextOrigin
 from library.models.tokenizers import input_ids
 
@@ -26,11 +26,13 @@ class TextCacher:
         family: whose rules of encoding hold.
         max_token_length: 150 or 225 for two or three chunks, else None.
         skip_check: an existing file is taken without a look inside.
+        batch_size: captions per call of the encoders.
     """
 
     family: Family
     max_token_length: int | None = None
     skip_check: bool = False
+    batch_size: int = BATCH_SIZE
 
     def __call__(
         self,
@@ -52,6 +54,7 @@ class TextCacher:
             origin_of(tokenizers, text_encoders, self.max_token_length, dtype),
             to_disk=to_disk,
             skip_check=self.skip_check,
+            batch_size=self.batch_size,
             rank=rank,
             processes=processes,
             wait=wait,
