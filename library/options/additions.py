@@ -39,8 +39,6 @@ LATER: frozenset[str] = frozenset(
     {
         "alpha_mask",
         "cache_info",
-        "cache_text_encoder_outputs",
-        "cache_text_encoder_outputs_to_disk",
         "caption_separator",
         "clamp_quantile",
         "conditioning_data_dir",
@@ -122,7 +120,6 @@ LATER: frozenset[str] = frozenset(
         "validation_split",
         "variant",
         "wandb_run_name",
-        "weighted_captions",
         "zero3_init_flag",
         "zero3_save_16bit_model",
         "zero_stage",
@@ -132,6 +129,8 @@ LATER: frozenset[str] = frozenset(
 # Options of some training scripts of sd-scripts that every training script has here, as far as it can use them.
 EVERYWHERE: frozenset[str] = frozenset(
     {
+        "cache_text_encoder_outputs",
+        "cache_text_encoder_outputs_to_disk",
         "conditioning_data_dir",
         "cpu_offload_checkpointing",
         "initial_epoch",
@@ -145,6 +144,7 @@ EVERYWHERE: frozenset[str] = frozenset(
         "validate_every_n_steps",
         "validation_seed",
         "validation_split",
+        "weighted_captions",
     }
 )
 
