@@ -26,12 +26,21 @@ ItemT = TypeVar("ItemT")
 
 
 class UserError(Exception):
-    """Bad input: printed as one line that names the thing and the remedy, exit code 1, no traceback."""
+    """Bad input: printed as one line that names the thing and the remedy, exit code 1, no traceback.
 
-    def __init__(self, problem: str, remedy: str = "") -> None:
+    Attributes:
+        problem, remedy: the line's parts.
+        details: where several things are wrong, each of them; printed below, a line each.
+    """
+
+    def __init__(self, problem: str, remedy: str = "", details: Sequence[str] = ()) -> None:
         self.problem = problem
         self.remedy = remedy
-        super().__init__(f"{problem}: {remedy}" if remedy else problem)
+        self.details = tuple(details)
+        super().__init__("\n  ".join([f"{problem}: {remedy}" if remedy else problem, *self.details]))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.problem, self.remedy, self.details)
 
 
 class Interrupted(Exception):
@@ -240,17 +249,19 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        _fail(f"error: {error}", EXIT_ERROR)
+        head = f"{error.problem}: {error.remedy}" if error.remedy else error.problem
+        _fail(f"error: {head}", EXIT_ERROR, error.details)
     except Interrupted as stop:
         _fail(str(stop), EXIT_INTERRUPTED)
     except KeyboardInterrupt:
         _fail("interrupted", EXIT_INTERRUPTED)
 
 
-def _fail(text: str, code: int) -> None:
+def _fail(text: str, code: int, details: Sequence[str] = ()) -> None:
     if _Console.live is not None:
         _Console.live.stop()
         _Console.live = None
-    line = " ".join(text.split("\n")).encode(sys.stderr.encoding or "utf-8", "backslashreplace")
-    print(line.decode(sys.stderr.encoding or "utf-8"), file=sys.stderr)
+    for part in (text, *(f"  {detail}" for detail in details)):
+        line = " ".join(part.split("\n")).encode(sys.stderr.encoding or "utf-8", "backslashreplace")
+        print(line.decode(sys.stderr.encoding or "utf-8"), file=sys.stderr)
     sys.exit(code)

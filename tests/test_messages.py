@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,9 @@ def restore() -> None:
     log.setLevel(logging.NOTSET)
 
 
+SEVERAL = "error: a.toml has 2 problems\n  line 3: x y\n  line 4: z"
+
+
 def failing(error: BaseException):
     def main() -> None:
         raise error
@@ -42,6 +46,7 @@ def failing(error: BaseException):
             "error: model.ckpt is truncated: download it again",
         ),
         (UserError("two\nlines"), 1, "error: two lines"),
+        (UserError("a.toml has 2 problems", details=["line 3: x\ny", "line 4: z"]), 1, SEVERAL),
         (Interrupted("stopped, go on with --resume x"), 130, "stopped, go on with --resume x"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
@@ -51,6 +56,12 @@ def test_ends_of_a_script(error: BaseException, code: int, line: str, capsys: py
         run(failing(error))
     assert end.value.code == code
     assert capsys.readouterr().err == line + "\n"
+
+
+def test_an_error_of_several_things_survives_a_process() -> None:
+    error = pickle.loads(pickle.dumps(UserError("bad", "mend", ["a", "b"])))
+    assert (error.problem, error.remedy, error.details) == ("bad", "mend", ("a", "b"))
+    assert str(error) == "bad: mend\n  a\n  b"
 
 
 def test_warnings_are_said_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

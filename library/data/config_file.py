@@ -67,7 +67,7 @@ def refusal(path: str | os.PathLike[str], problems: Sequence[Problem]) -> UserEr
         texts.append(f"line {number}: {problem}" if number else str(problem))
     if len(texts) == 1:
         return UserError(f"{path}: {texts[0]}")
-    return UserError("\n  ".join([f"{path} has {len(texts)} problems", *texts]))
+    return UserError(f"{path} has {len(texts)} problems", details=texts)
 
 
 def _read_text(path: Path) -> str:

@@ -14,7 +14,7 @@ from library.data.index import Facts, facts_of_paths
 from library.data.latents_file import read_header
 from library.data.listing import list_folder
 from library.data.metadata_file import Entry, caption_of, read_entries
-from library.data.picture_folder import decode, reason, seen_size
+from library.data.picture_folder import reason, seen_size
 from library.data.records import DatasetSettings, Found, Item, Size, SubsetSettings
 from library.messages import UserError, some
 
@@ -139,7 +139,7 @@ class _Places:
         return self._known[folder]
 
 
-def settle(items: Sequence[Item], settings: DatasetSettings, *, check_pixels: bool) -> Settled:
+def settle(items: Sequence[Item], settings: DatasetSettings) -> Settled:
     """Decide on precomputed latents and buckets, and read the sizes of pictures that are read from their files.
 
     Raises:
@@ -172,7 +172,7 @@ def settle(items: Sequence[Item], settings: DatasetSettings, *, check_pixels: bo
         if item.path == item.latents_npz:
             problem = f"{item.key} (no picture, and its latents {item.path} are not used: {why})"
         else:
-            problem = _read_size(item, facts[item.path], settings.subsets[item.subset], check_pixels)
+            problem = _read_size(item, facts[item.path], settings.subsets[item.subset])
         item.latents_npz = None
         if problem is not None:
             settled.broken.append(problem)
@@ -180,16 +180,12 @@ def settle(items: Sequence[Item], settings: DatasetSettings, *, check_pixels: bo
     return settled
 
 
-def _read_size(item: Item, facts: Facts | OSError, subset: SubsetSettings, check_pixels: bool) -> str | None:
+def _read_size(item: Item, facts: Facts | OSError, subset: SubsetSettings) -> str | None:
     """Give a picture the size of its file; returns what is broken."""
     try:
         item.size, item.orientation = seen_size(facts, subset)
-        if check_pixels:
-            decode(item.path)
     except OSError as error:
         return f"{item.path} ({reason(error)})"
-    except UserError as error:
-        return error.problem.removeprefix("cannot read picture ")
     return None
 
 

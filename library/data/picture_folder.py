@@ -20,7 +20,16 @@ from library.runtime.files import atomic_write
 INFO_FILE = "metadata_cache.json"
 
 
-def read_folder(subset: SubsetSettings, index: int, *, check_pixels: bool) -> Found:
+def read_folder(subset: SubsetSettings, index: int) -> Found:
+    """The pictures of a folder with captions and sizes.
+
+    Args:
+        subset: with an `image_dir`.
+        index: of the subset in its data set.
+
+    Raises:
+        UserError: the folder cannot be read.
+    """
     assert subset.image_dir is not None
     cache = os.path.join(subset.image_dir, INFO_FILE)
     if subset.cache_info and (known := _read_info(cache)) is not None:
@@ -37,13 +46,13 @@ def read_folder(subset: SubsetSettings, index: int, *, check_pixels: bool) -> Fo
         listing = list_folder(subset.image_dir)
     except OSError as error:
         raise UserError(f"cannot read folder {subset.image_dir} ({error.strerror})", "check its permissions") from error
-    folder = _read_files(subset, index, listing, check_pixels=check_pixels)
+    folder = _read_files(subset, index, listing)
     if subset.cache_info and not folder.broken:
         _write_info(cache, folder.items, as_stored=subset.ignore_exif_orientation)
     return folder
 
 
-def _read_files(subset: SubsetSettings, index: int, listing: Listing, *, check_pixels: bool) -> Found:
+def _read_files(subset: SubsetSettings, index: int, listing: Listing) -> Found:
     folder = Found(notes=_listing_notes(str(subset.image_dir), listing))
     find_caption = caption_finder(subset, listing)
     prefix = os.path.join(str(subset.image_dir), "")
@@ -57,8 +66,6 @@ def _read_files(subset: SubsetSettings, index: int, listing: Listing, *, check_p
         path = picture = prefix + name
         try:
             size, orientation = seen_size(facts[name], subset)
-            if check_pixels:
-                decode(path)
             caption_file = find_caption(name)
             if caption_file is None:
                 missing.append(name)
@@ -75,8 +82,6 @@ def _read_files(subset: SubsetSettings, index: int, listing: Listing, *, check_p
             return f"{path} (an empty caption file)"
         except OSError as error:
             return f"{path} ({reason(error)})"
-        except UserError as error:
-            return error.problem.removeprefix("cannot read picture ")
 
     found = map_files(read, listing.pictures)
     folder.items = [item for item in found if isinstance(item, Item)]
@@ -101,13 +106,6 @@ def seen_size(facts: Facts | OSError, subset: SubsetSettings) -> tuple[Size, int
     size, orientation = facts
     turned = AS_STORED if subset.ignore_exif_orientation else orientation
     return turned_size(size, turned), turned
-
-
-def decode(path: str) -> None:
-    """Read a picture's pixels; a `UserError` says why that fails."""
-    from library.data.images import read_image  # brings cv2 and torch, which a scan does not need
-
-    read_image(path)
 
 
 def reason(error: OSError) -> str:

@@ -14,10 +14,30 @@ from collections.abc import Iterable, Sequence
 from library.data.captions import tags_of
 from library.data.metadata_source import read_metadata_subset, settle
 from library.data.pairs import add_conditioning
+from library.data.picture_check import UnreadableFiles, unreadable
 from library.data.picture_folder import read_folder
 from library.data.records import DatasetSettings, Found, Item, ScanResult, SubsetSettings
 from library.data.validation import hold_out
 from library.messages import UserError, some
+
+
+def scan_all(
+    datasets: Sequence[DatasetSettings], *, seed: int = 0, skip_broken: bool = False, check_pixels: bool | None = None
+) -> list[ScanResult]:
+    """`scan` of several data sets; files that cannot be used are named together.
+
+    Raises:
+        UserError: see `scan`.
+    """
+    results, broken = [], []
+    for settings in datasets:
+        try:
+            results.append(scan(settings, seed=seed, skip_broken=skip_broken, check_pixels=check_pixels))
+        except UnreadableFiles as error:
+            broken += error.files
+    if broken:
+        raise UnreadableFiles.of(list(dict.fromkeys(broken)))
+    return results
 
 
 def scan(
@@ -38,15 +58,16 @@ def scan(
     _check(settings)
     check_pixels = skip_broken if check_pixels is None else check_pixels
     result = ScanResult(image_counts=[0] * len(settings.subsets))
-    found = _read_subsets(settings, result, check_pixels=check_pixels)
+    found = _read_subsets(settings, result)
     broken = [text for one in found.values() for text in one.broken]
     if settings.kind == "finetuning":
-        broken += _settle(settings, found, result, check_pixels=check_pixels)
+        broken += _settle(settings, found, result)
     elif settings.resolution is None:
         raise _no_resolution()
     broken += _add_conditioning(settings, found, result, skip_broken=skip_broken)
+    broken += _check_pixels(found) if check_pixels else []
     if broken and not skip_broken:
-        raise _unreadable(broken)
+        raise UnreadableFiles.of(broken)
     result.broken = broken
     if broken:
         result.notes.append(f"{len(broken)} pictures are left out, they cannot be read: {some(broken)}")
@@ -56,7 +77,7 @@ def scan(
     return result
 
 
-def _read_subsets(settings: DatasetSettings, result: ScanResult, *, check_pixels: bool) -> dict[int, Found]:
+def _read_subsets(settings: DatasetSettings, result: ScanResult) -> dict[int, Found]:
     """What each usable subset gives, by its number."""
     found: dict[int, Found] = {}
     seen: dict[str, str] = {}
@@ -67,7 +88,7 @@ def _read_subsets(settings: DatasetSettings, result: ScanResult, *, check_pixels
         if note:
             result.notes.append(note)
             continue
-        one = read_metadata_subset(subset, index) if subset.metadata_file else _folder(subset, index, check_pixels)
+        one = read_metadata_subset(subset, index) if subset.metadata_file else _folder(subset, index)
         result.notes += one.notes
         if one.items or not subset.metadata_file:
             _count_tags(result.tag_frequency.setdefault(source_name(subset), {}), one.tag_texts)
@@ -75,16 +96,16 @@ def _read_subsets(settings: DatasetSettings, result: ScanResult, *, check_pixels
     return found
 
 
-def _folder(subset: SubsetSettings, index: int, check_pixels: bool) -> Found:
-    found = read_folder(subset, index, check_pixels=check_pixels)
+def _folder(subset: SubsetSettings, index: int) -> Found:
+    found = read_folder(subset, index)
     found.tag_texts = [item.caption for item in found.items]
     return found
 
 
-def _settle(settings: DatasetSettings, found: dict[int, Found], result: ScanResult, *, check_pixels: bool) -> list[str]:
+def _settle(settings: DatasetSettings, found: dict[int, Found], result: ScanResult) -> list[str]:
     """Sizes, buckets and precomputed latents of metadata; returns what is broken."""
     items = [item for one in found.values() for item in one.items]
-    settled = settle(items, settings, check_pixels=check_pixels)
+    settled = settle(items, settings)
     if settled.bucket_sizes is None and settings.resolution is None:
         raise _no_resolution()
     result.notes += settled.notes
@@ -103,6 +124,15 @@ def _add_conditioning(
     result.notes += added.notes
     _leave_out(found, added.unusable)
     return added.broken
+
+
+def _check_pixels(found: dict[int, Found]) -> list[str]:
+    """Decode every picture that is read from its file, and its conditioning picture; returns what is broken."""
+    items = [item for one in found.values() for item in one.items]
+    pictures = [item.path for item in items if item.latents_npz is None]
+    bad = unreadable([*pictures, *(item.conditioning for item in items if item.conditioning is not None)])
+    _leave_out(found, [item for item in items if item.path in bad or item.conditioning in bad])
+    return list(bad.values())
 
 
 def _leave_out(found: dict[int, Found], unusable: Iterable[Item]) -> None:
@@ -243,9 +273,3 @@ def _size_notes(items: Iterable[Item], settings: DatasetSettings) -> list[str]:
     if not small:
         return []
     return [f"{len(small)} pictures are enlarged more than twice to {width}x{height} ({some(small)})"]
-
-
-def _unreadable(broken: Sequence[str]) -> UserError:
-    if len(broken) == 1:
-        return UserError(f"cannot read {broken[0]}", "replace or remove the file")
-    return UserError(f"cannot read {len(broken)} files: {some(broken)}", "replace or remove them")

@@ -48,7 +48,10 @@ def build_data(options: Resolved, support: Support, tokenizers: list[Any], seed:
         return blueprint_group(foreign, settings, tokenizers, seed)
     require_masks(options, settings)
     skip = options.dataset.on_bad_image == "skip"
-    scans = [sources.scan(one, seed=seed, skip_broken=skip) for one in settings]
+    paired = any(subset.conditioning_data_dir for one in settings for subset in one.subsets)
+    # caching latents reads every picture before the first step anyway
+    check = skip or paired or not options.dataset.cache_latents
+    scans = sources.scan_all(settings, seed=seed, skip_broken=skip, check_pixels=check)
     for note in [note for result in scans for note in result.notes]:
         log.info("%s", note)
     sources.require_pictures(settings, scans)
