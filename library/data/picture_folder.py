@@ -161,7 +161,7 @@ def _read_info(path: str) -> dict[str, tuple[str, Size, int | None]] | None:
     such file or it is broken.
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             entries = json.load(file)
         return {
             re.split(r"[\\/]", key)[-1]: (

@@ -22,7 +22,7 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: missing or damaged.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist", "give a complete model folder") from error
     except (ValueError, OSError) as error:

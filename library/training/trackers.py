@@ -108,7 +108,7 @@ def _tracker_arguments(config: LoggingConfig) -> dict[str, Any]:
     if config.log_tracker_config:
         path = Path(config.log_tracker_config)
         try:
-            for tracker, table in toml.loads(path.read_text(encoding="utf-8")).items():
+            for tracker, table in toml.loads(path.read_text(encoding="utf-8-sig")).items():
                 arguments[tracker] = {**arguments.get(tracker, {}), **table}
         except (OSError, toml.TomlDecodeError, TypeError) as error:
             raise UserError(
