@@ -25,8 +25,12 @@ _CONFIG = (
 NAMES = {
     # training: adapters over data/config
     **{name: f"library.training.classic_config:{name}" for name in _CONFIG},
+    "ControlNetDataset": "library.training.classic_datasets:ControlNetDataset",
     "DreamBoothDataset": "library.training.classic_datasets:DreamBoothDataset",
-    "DreamBoothSubset": "library.training.classic_datasets:DreamBoothSubset",
+    "FineTuningDataset": "library.training.classic_datasets:FineTuningDataset",
+    "ControlNetSubset": "library.training.classic_subsets:ControlNetSubset",
+    "DreamBoothSubset": "library.training.classic_subsets:DreamBoothSubset",
+    "FineTuningSubset": "library.training.classic_subsets:FineTuningSubset",
     # options
     "add_config_arguments": "library.options.groups:add_config_arguments",
     # data

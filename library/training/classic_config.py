@@ -17,13 +17,14 @@ import voluptuous
 
 from library.data import config, config_file
 from library.data.config_schema import Problem, Support, check
-from library.data.group import DatasetGroup
 from library.data.folders import subset_tables
+from library.data.group import DatasetGroup
 from library.data.records import DatasetSettings, SubsetSettings
 from library.data.report import describe
 from library.messages import UserError, log
 from library.options.dataset import DatasetConfig
-from library.training.classic_datasets import DreamBoothDataset, DreamBoothSubset
+from library.training.classic_base import BaseDataset
+from library.training.classic_datasets import ControlNetDataset, DreamBoothDataset, FineTuningDataset
 
 Size = tuple[int, int]
 
@@ -244,7 +245,7 @@ def generate_dataset_group_by_blueprint(dataset_group_blueprint: DatasetGroupBlu
     """The data sets of a blueprint, with buckets made; their report is logged.
 
     Raises:
-        UserError: a kind that is not supported yet, or pictures that cannot be used.
+        UserError: pictures that cannot be used.
     """
     datasets = [_make_dataset(blueprint) for blueprint in dataset_group_blueprint.datasets]
     if not datasets:
@@ -317,12 +318,11 @@ def _filled(params: type[Params], settings: Any, extra: Mapping[str, Any]) -> Pa
     return params(**values, **{name: value for name, value in extra.items() if name in names})
 
 
-def _make_dataset(blueprint: DatasetBlueprint) -> DreamBoothDataset:
-    if not blueprint.is_dreambooth:
-        what = "ControlNet data sets" if blueprint.is_controlnet else "metadata files (in_json, metadata_file)"
-        raise UserError(f"{what} are not supported yet", "use folders of pictures with caption files")
-    subsets = [DreamBoothSubset(**_shallow(subset.params)) for subset in blueprint.subsets]
-    return DreamBoothDataset(subsets=subsets, **_shallow(blueprint.params))
+def _make_dataset(blueprint: DatasetBlueprint) -> BaseDataset:
+    kind = DreamBoothDataset if blueprint.is_dreambooth else FineTuningDataset
+    kind = ControlNetDataset if blueprint.is_controlnet else kind
+    subsets = [kind.subset_class(**_shallow(subset.params)) for subset in blueprint.subsets]
+    return kind(subsets=subsets, **_shallow(blueprint.params))
 
 
 def _shallow(params: Any) -> dict[str, Any]:

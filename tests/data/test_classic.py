@@ -26,14 +26,11 @@ from library.data.classic import (
 from library.data.group import DatasetGroup
 from library.data.loader import make_loader
 from library.messages import UserError
-from library.training.classic_datasets import (
-    BaseDataset,
-    DreamBoothDataset,
-    DreamBoothSubset,
-    MinimalDataset,
-    load_arbitrary_dataset,
-)
-from tests.data.conftest import block_means
+from library.training.classic_base import BaseDataset
+from library.training.classic_datasets import ControlNetDataset, DreamBoothDataset, FineTuningDataset
+from library.training.classic_minimal import MinimalDataset, load_arbitrary_dataset
+from library.training.classic_subsets import ControlNetSubset, DreamBoothSubset, FineTuningSubset
+from tests.data.conftest import block_means, make_files
 
 COMMON = (3, False, 0, False, False, None, False, 0.0, 0, 0.0, None, None, 1, 0)
 BUCKETS = (True, 64, 256, 64, False)
@@ -71,6 +68,35 @@ def test_constructors_of_the_original_build_a_data_set(shapes, make_group):
         assert a["image_keys"] == b["image_keys"] and torch.equal(a["images"], b["images"])
         assert a["captions"] == b["captions"] and a["input_ids"] is None
     assert dataset.bucket_info == own.datasets[0].bucket_info
+
+
+def test_the_other_kinds_take_their_arguments_in_order(tmp_path):
+    files = {"d/a.png": [90, 70], "k/a.jpg": [90, 70], "d/a.txt": "x", "m.json": {"a": {"train_resolution": [64, 128]}}}
+    make_files(tmp_path, files)
+    subset = FineTuningSubset(str(tmp_path / "d"), str(tmp_path / "m.json"), *COMMON)
+    tuning = FineTuningDataset([subset], 3, None, None, None, *BUCKETS, False)
+    tuning.make_buckets()
+    assert (tuning.num_train_images, subset.img_count) == (3, 1)
+    assert tuning.enable_bucket and tuning.min_bucket_reso is None
+    assert tuning[0]["images"].shape == (3, 3, 128, 64)
+    pair = ControlNetSubset(str(tmp_path / "d"), str(tmp_path / "k"), "txt", *COMMON)
+    pairs = ControlNetDataset([pair], 3, None, None, (64, 64), *BUCKETS, False)
+    pairs.make_buckets()
+    assert pairs.image_data[str(tmp_path / "d" / "a.png")].cond_img_path == str(tmp_path / "k" / "a.jpg")
+    batch = pairs[0]
+    assert batch["conditioning_images"].shape == batch["images"].shape and batch["captions"] == ["x"] * 3
+    with pytest.raises(UserError, match="conditioning_data_dir"):
+        ControlNetSubset("d", None, ".txt", *COMMON)
+
+
+def test_turned_pictures_are_turned_here_too(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (128, 64)).save(tmp_path / "a.jpg", exif=exif)
+    dataset = dreambooth(tmp_path)
+    dataset.make_buckets()
+    assert dataset.image_data[str(tmp_path / "a.jpg")].image_size == (64, 128)
+    assert dataset[0]["original_sizes_hw"].tolist()[0] == [128, 64]
 
 
 def test_later_keywords_are_taken_and_unknown_ones_refused(shapes):

@@ -8,12 +8,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import voluptuous
 from PIL import Image
 
 from library import config_util
 from library.data.group import DatasetGroup
-from library.messages import UserError
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "datasets_config.json").read_text(encoding="utf-8"))
 
@@ -105,13 +105,28 @@ def test_options_that_cannot_be_read_are_invalid() -> None:
     assert sanitizer.sanitize_argparse_namespace(namespace(resolution="640,448")).resolution == (640, 448)
 
 
-def test_kinds_that_come_later_are_refused_with_a_word() -> None:
-    generator = config_util.BlueprintGenerator(config_util.ConfigSanitizer(True, True, False, True))
-    user_config = {"datasets": [{"subsets": [{"metadata_file": "meta.json"}]}]}
-    blueprint = generator.generate(user_config, namespace())
-    assert not blueprint.dataset_group.datasets[0].is_dreambooth
-    with pytest.raises(UserError, match="not supported yet"):
-        config_util.generate_dataset_group_by_blueprint(blueprint.dataset_group)
+def test_groups_of_the_other_kinds(folders: Path) -> None:
+    pictures = folders / "train" / "2_sks dog"
+    (folders / "meta.json").write_text(json.dumps({"a": {"caption": "x"}, "b": {"caption": "y", "tags": "t"}}))
+    generator = config_util.BlueprintGenerator(config_util.ConfigSanitizer(True, True, True, True))
+    subsets = [
+        {"metadata_file": str(folders / "meta.json"), "image_dir": str(pictures), "num_repeats": 3},
+        {"image_dir": str(pictures), "conditioning_data_dir": str(pictures)},
+    ]
+    user_config = {"datasets": [{"subsets": [subset]} for subset in subsets]}
+    blueprint = generator.generate(user_config, namespace()).dataset_group
+    assert [(one.is_dreambooth, one.is_controlnet) for one in blueprint.datasets] == [(False, False), (False, True)]
+    group = config_util.generate_dataset_group_by_blueprint(blueprint)
+    tuning, pairs = group.datasets
+    assert isinstance(tuning, config_util.FineTuningDataset) and isinstance(pairs, config_util.ControlNetDataset)
+    assert not isinstance(tuning, config_util.DreamBoothDataset) and not isinstance(
+        pairs, config_util.FineTuningDataset
+    )
+    assert (tuning.num_train_images, tuning.tag_frequency) == (6, {"meta.json": {"t": 1}})
+    assert {info.caption for info in tuning.image_data.values()} == {"x", "y, t"}
+    assert {caption for position in range(len(tuning)) for caption in tuning[position]["captions"]} == {"x", "y, t"}
+    batch = pairs[0]
+    assert torch.equal(batch["images"], batch["conditioning_images"])
 
 
 def test_fallbacks() -> None:
