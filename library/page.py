@@ -228,7 +228,7 @@ def _kind(data: bytes) -> str:
 def _picture_html(picture: Picture, caption: str, alt: str | None) -> str:
     text = escape(alt if alt is not None else caption)
     return (
-        f'<figure class="picture"><img src="{data_uri(picture)}" alt="{text}" loading="lazy">'
+        f'<figure class="picture"><img src="{data_uri(picture)}" alt="{text}">'
         f"<figcaption>{_caption_html(caption)}</figcaption></figure>"
     )
 

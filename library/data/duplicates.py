@@ -23,6 +23,8 @@ LEAST_RISE = 12
 # Bits of 128 that may differ; one of BANDS parts of the hash is then the same in both.
 LARGEST_DISTANCE = 7
 BANDS = 8
+# Spread of brightness, 0 to 255, below which a small picture is too flat to tell anything.
+LEAST_CONTRAST = 6.0
 # Mean difference of the small pictures' colours, 0 to 255, below which two look the same.
 LARGEST_DIFFERENCE = 6.0
 # Pictures of one aspect ratio: the larger ratio is at most this many times the smaller.
@@ -115,11 +117,11 @@ def exact_groups(looks: Sequence[Look]) -> list[list[int]]:
 def similar_groups(looks: Sequence[Look]) -> list[list[int]]:
     """Indices of pictures that look the same though their files differ, two or more each.
 
-    Files with the same bytes count once, by the first of them.
+    Files with the same bytes count once, by the first of them. Pictures of nearly one colour are left out.
     """
     first: dict[str, int] = {}
     for index, look in enumerate(looks):
-        if look.small is not None:
+        if look.small is not None and look.small.mean(axis=2).std() >= LEAST_CONTRAST:
             first.setdefault(look.content, index)
     chosen = list(first.values())
     if len(chosen) < 2:
