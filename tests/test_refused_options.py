@@ -17,11 +17,8 @@ from tests.options.test_every_option_counts import MODEL_TRAIN, OF_THE_PARSER, T
 
 OF_TRAININGS = {
     "deepspeed",
-    "fp8_base",
-    "fp8_base_unet",
-    "cpu_offload_checkpointing",
 }
-OF_MODELS = OF_TRAININGS - {"fp8_base", "fp8_base_unet"}
+OF_MODELS = OF_TRAININGS
 REFUSED = {
     "train_network.py": OF_TRAININGS,
     "sdxl_train_network.py": OF_TRAININGS,

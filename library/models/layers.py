@@ -8,6 +8,7 @@ Shapes: B batch, C channels, H and W latent sides, N = H * W tokens, L context t
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -32,10 +33,19 @@ class SampleOutput:
 
 
 def run_segment(module: nn.Module, *inputs: Any) -> Any:
-    """Call a module; recompute it in the backward pass when it is marked `checkpointed` and trains."""
+    """Call a module; recompute it in the backward pass when it is marked `checkpointed` and trains.
+
+    What is kept for that (its inputs) waits in CPU memory when it is marked `offloaded` too.
+    """
     if getattr(module, "checkpointed", False) and module.training and torch.is_grad_enabled():
-        return checkpoint(module, *inputs, use_reentrant=False)
+        with _kept_on_cpu() if getattr(module, "offloaded", False) else contextlib.nullcontext():
+            return checkpoint(module, *inputs, use_reentrant=False)
     return module(*inputs)
+
+
+def _kept_on_cpu() -> contextlib.AbstractContextManager[Any]:
+    # Pinned memory lets the copies run beside the computation.
+    return torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
 
 
 def timestep_embedding(

@@ -47,11 +47,17 @@ class UNetSwitches(nn.Module):
     def set_attention_slice(self, slice_size: Any) -> None:
         raise NotImplementedError("attention is not sliced; torch's kernels do not need it")
 
-    def enable_gradient_checkpointing(self, interval: int = 1) -> None:
-        """Recompute every `interval`-th segment in the backward pass (training mode only)."""
+    def enable_gradient_checkpointing(self, interval: int = 1, *, cpu_offload: bool = False) -> None:
+        """Recompute every `interval`-th segment in the backward pass (training mode only).
+
+        Args:
+            cpu_offload: the segments' inputs wait in CPU memory.
+        """
         if interval < 1:
             raise ValueError("the interval must be at least 1")
         self._set_checkpointing(interval)
+        for segment in self.checkpoint_segments():
+            segment.offloaded = cpu_offload
 
     def disable_gradient_checkpointing(self) -> None:
         """Keep all activations."""

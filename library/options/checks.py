@@ -204,6 +204,9 @@ def check_precision(options: Resolved) -> None:
     for name, kind in (("full_fp16", "fp16"), ("full_bf16", "bf16")):
         if getattr(precision, name) and precision.mixed_precision != kind:
             raise UserError(f"--{name} without --mixed_precision {kind}", f"add --mixed_precision {kind}")
+    for name in ("fp8_base", "fp8_base_unet"):
+        if options.value(name) and precision.mixed_precision == "no":
+            raise UserError(f"--{name} without --mixed_precision", "add --mixed_precision bf16 or fp16")
     _at_least(precision, 1, "gradient_checkpointing_interval")
 
 

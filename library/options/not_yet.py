@@ -15,19 +15,15 @@ if TYPE_CHECKING:
 _OF_TRAININGS = {
     "validation_split": "the validation loss",
     "deepspeed": "DeepSpeed",
-    "fp8_base": "8-bit base models",
-    "fp8_base_unet": "8-bit base models",
-    "cpu_offload_checkpointing": "activations in CPU memory",
 }
-_OF_MODELS = {name: feature for name, feature in _OF_TRAININGS.items() if not name.startswith("fp8_base")}
 
 # Script -> option that switches a feature on -> the feature. Options that only tune it stand in `effects.py`.
 NOT_YET: dict[str, dict[str, str]] = {
     "train_network.py": _OF_TRAININGS,
     "sdxl_train_network.py": _OF_TRAININGS,
-    "train_db.py": {name: feature for name, feature in _OF_MODELS.items() if name != "in_json"},
-    "fine_tune.py": _OF_MODELS,
-    "sdxl_train.py": _OF_MODELS,
+    "train_db.py": _OF_TRAININGS,
+    "fine_tune.py": _OF_TRAININGS,
+    "sdxl_train.py": _OF_TRAININGS,
 }
 
 

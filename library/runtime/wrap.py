@@ -33,6 +33,7 @@ class WrapPolicy:
         dtype: of frozen weights, None to keep them.
         channels_last: memory layout of convolutions; None = as the table of family and device says.
         checkpointing_interval: recompute every n-th segment in the backward pass; 0 keeps all activations.
+        offload_checkpoints: what checkpointing keeps waits in CPU memory.
         compile_backend: torch.compile's backend for the repeated blocks, None to leave them as they are.
         shapes: how many input shapes will come (buckets x batch sizes): few are compiled one by one.
     """
@@ -41,6 +42,7 @@ class WrapPolicy:
     dtype: torch.dtype | None = None
     channels_last: bool | None = None
     checkpointing_interval: int = 0
+    offload_checkpoints: bool = False
     compile_backend: str | None = None
     shapes: int = 1
 
@@ -74,14 +76,16 @@ def wrap_model(
     if attach is not None:
         attach()
     if policy.checkpointing_interval:
-        _enable_checkpointing(model, policy.checkpointing_interval)
+        _enable_checkpointing(model, policy.checkpointing_interval, policy.offload_checkpoints)
     if policy.compile_backend is not None:
         compile_blocks(model, repeated_block_classes, policy.compile_backend, dynamic=policy.shapes > STATIC_SHAPES)
     return model
 
 
-def _enable_checkpointing(model: nn.Module, interval: int) -> None:
-    if interval == 1:
+def _enable_checkpointing(model: nn.Module, interval: int, offload: bool) -> None:
+    if offload:
+        model.enable_gradient_checkpointing(interval, cpu_offload=True)
+    elif interval == 1:
         # Without an argument, so that models of third parties are asked as they expect.
         model.enable_gradient_checkpointing()
     else:

@@ -73,6 +73,7 @@ def checkpoint_and_compile(family: Family, setup: Setup) -> None:
         WrapPolicy(
             device=setup.processes.device,
             checkpointing_interval=precision.gradient_checkpointing_interval if precision.gradient_checkpointing else 0,
+            offload_checkpoints=precision.cpu_offload_checkpointing,
             compile_backend=precision.dynamo_backend if precision.torch_compile else None,
             shapes=setup.shapes,
         ),

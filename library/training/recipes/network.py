@@ -10,6 +10,7 @@ import torch
 from library.data.config_schema import Support
 from library.messages import log
 from library.models.family import Family, LoadedModel
+from library.runtime.float8 import hold_in_float8
 from library.runtime.wrap import WrapPolicy, wrap_model
 from library.training import model_setup, network_setup
 from library.training.hooks import Hooks, refuse_strategy_overrides
@@ -129,10 +130,15 @@ class NetworkRecipe(Recipe):
         trainer, device = self.trainer, setup.processes.device
         unet_dtype = setup.dtype if trainer.cast_unet(setup.args) else None
         wrap_model(setup.model.unet, WrapPolicy(device=device, dtype=unet_dtype), family=self.family.name)
+        precision = setup.options.precision
+        if precision.fp8_base or precision.fp8_base_unet:
+            hold_in_float8(setup.model.unet)
         if trainer.is_text_encoder_not_needed_for_training(setup.args):
             return
         for encoder in setup.model.text_encoders:
             encoder.to(device, setup.dtype if trainer.cast_text_encoder(setup.args) else None)
+            if precision.fp8_base:
+                hold_in_float8(encoder)
 
     def _checkpoint_and_compile(self, setup: Setup, network: Any, trains_text: bool) -> None:
         """Gradient checkpointing and regional compile, after the network was attached."""
