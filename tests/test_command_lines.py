@@ -25,11 +25,8 @@ TO_COME = {
     "finetune/tag_images_by_wd14_tagger.py",
     "sdxl_train_control_net_lllite.py",
     "sdxl_train_control_net_lllite_old.py",
-    "sdxl_train_textual_inversion.py",
     "tools/latent_upscaler.py",
     "train_controlnet.py",
-    "train_textual_inversion.py",
-    "train_textual_inversion_XTI.py",
 }
 PRESENT = sorted(set(ORIGINAL) - TO_COME)
 

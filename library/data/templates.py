@@ -56,6 +56,10 @@ STYLE_TEMPLATES = (
     "a large painting in the style of {}",
 )
 
+# The same under the names that others import.
+imagenet_templates_small = list(OBJECT_TEMPLATES)
+imagenet_style_templates_small = list(STYLE_TEMPLATES)
+
 
 def write_out(group: Any, word: str, tokens: Sequence[str], templates: Sequence[str] | None = None) -> None:
     """Let the captions of a data set group name all tokens of a word.

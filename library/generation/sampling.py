@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from library.generation.embeddings import Words
 from library.generation.engine import Engine, pictures
 from library.generation.output import metadata, save_picture, time_stamp
 from library.generation.request import ImageRequest
@@ -52,6 +53,7 @@ def draw_samples(
     autocast_dtype: torch.dtype | None = None,
     seed: int = 0,
     modules: Sequence[nn.Module] = (),
+    words: Words | None = None,
 ) -> list[DrawnSample]:
     """Draw the pictures of a prompt file with the weights as they are now, into `<output_dir>/sample`.
 
@@ -69,6 +71,7 @@ def draw_samples(
         autocast_dtype: for the text encoders and the U-Net; None for none. The VAE decodes without it.
         seed: the run's; a prompt without a seed gets one from it that changes with every step.
         modules: further ones that take part, networks for instance.
+        words: of embeddings that the model holds.
     """
     engine = Engine(
         family,
@@ -78,6 +81,7 @@ def draw_samples(
         sampler=sampler,
         clip_skip=clip_skip,
         max_chunks=MAX_CHUNKS,
+        words=words,
     )
     taking_part = [*model.text_encoders, model.unet, model.vae, *modules]
     drawn = []

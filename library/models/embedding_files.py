@@ -74,6 +74,17 @@ def read_embedding(path: str | Path) -> StoredEmbedding:
     return StoredEmbedding(path, kind, tensors)
 
 
+def tables_of(stored: StoredEmbedding, kind: str) -> list[torch.Tensor | None]:
+    """The tables (n, D) of an embedding: one per text encoder (None where the file has none), or one per XTI layer.
+
+    Raises:
+        UserError: the file is of another kind.
+    """
+    _require_kind(stored, kind)
+    names = {PLAIN: (PLAIN_KEY,), SDXL: SDXL_KEYS, XTI: XTI_LAYERS}[kind]
+    return [stored.tensors.get(name) for name in names]
+
+
 def tables_for_encoders(stored: StoredEmbedding, widths: Sequence[int]) -> list[torch.Tensor | None]:
     """A plain or SDXL embedding as one table (n, D) per text encoder; None where the file has none.
 
@@ -83,13 +94,10 @@ def tables_for_encoders(stored: StoredEmbedding, widths: Sequence[int]) -> list[
     Raises:
         UserError: the embedding is for another kind of model.
     """
-    wanted = PLAIN if len(widths) == 1 else SDXL
-    _require_kind(stored, wanted)
-    names = (PLAIN_KEY,) if wanted == PLAIN else SDXL_KEYS
-    tables = [stored.tensors.get(name) for name in names]
+    tables = tables_of(stored, PLAIN if len(widths) == 1 else SDXL)
     for table, width in zip(tables, widths, strict=True):
         if table is not None:
-            _require_width(table, width, stored.path)
+            require_width(table, width, stored.path)
     return tables
 
 
@@ -99,10 +107,9 @@ def tables_for_layers(stored: StoredEmbedding, width: int) -> list[torch.Tensor]
     Raises:
         UserError: the file is of another kind, or for a text encoder of another width.
     """
-    _require_kind(stored, XTI)
-    tables = [stored.tensors[layer] for layer in XTI_LAYERS]
+    tables = [table for table in tables_of(stored, XTI) if table is not None]
     for table in tables:
-        _require_width(table, width, stored.path)
+        require_width(table, width, stored.path)
     return tables
 
 
@@ -185,7 +192,12 @@ def _require_kind(stored: StoredEmbedding, wanted: str) -> None:
     raise UserError(f"{stored.path} is {_TITLES[stored.kind]}, {_TITLES[wanted]} is needed", remedy)
 
 
-def _require_width(table: torch.Tensor, width: int, path: Path) -> None:
+def require_width(table: torch.Tensor, width: int, path: str | Path) -> None:
+    """Refuse vectors (n, D) for a text encoder of another width.
+
+    Raises:
+        UserError: they are; it names the models that have such vectors.
+    """
     found = table.shape[1]
     if found != width:
         of = f" (those of {_MODELS_BY_WIDTH[found]})" if found in _MODELS_BY_WIDTH else ""

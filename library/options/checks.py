@@ -301,6 +301,16 @@ def check_model_training(options: Resolved) -> None:
         )
 
 
+def check_embedding(options: Resolved) -> None:
+    """The word, its vectors, and what they start from."""
+    config = options.embedding
+    if not (config.token_string or "").strip():
+        raise UserError("--token_string missing", "give the word that is to be learned, one that no language has")
+    _at_least(config, 1, "num_vectors_per_token")
+    if config.init_word is not None and not config.init_word.strip():
+        raise UserError("--init_word is empty", "name one or more words to start from, or leave the option out")
+
+
 def check_conversion(options: Resolved) -> None:
     """Choices of the old command line that are made by the model itself."""
     if options.model_convert.unet_use_linear_projection:
@@ -325,6 +335,7 @@ _CHECKS = (
     ("dataset", check_data),
     ("network", check_network),
     ("model_training", check_model_training),
+    ("embedding", check_embedding),
     ("loop", check_length),
     ("optimizer", check_optimizer),
     ("optimizer", check_updates),

@@ -20,6 +20,7 @@ from library.options.data_inspect import DataInspectConfig
 from library.options.dataset import DatasetConfig
 from library.options.declare import Option, options_of
 from library.options.distributed import DistributedConfig
+from library.options.embedding import EmbeddingConfig
 from library.options.hub import HubConfig
 from library.options.image import ImageConfig
 from library.options.image_model import ImageModelConfig
@@ -58,6 +59,7 @@ CONCERNS: dict[str, type] = {
     "network": NetworkConfig,
     "sdxl": SdxlConfig,
     "model_training": ModelTrainingConfig,
+    "embedding": EmbeddingConfig,
     "dataset": DatasetConfig,
     "caching": CachingConfig,
     "loop": LoopConfig,
@@ -157,6 +159,14 @@ _MODEL_FORMATS: dict[str, dict[str, Any]] = {
         "help": "form of the written model: one file, or a diffusers folder; that of the source when left out",
     }
 }
+_EMBEDDING_NEEDS = (*_MODEL_NEEDS, "token_string")
+_NOT_OF_EMBEDDINGS = frozenset(
+    {
+        *("caption_dropout_rate", "caption_dropout_every_n_epochs", "caption_tag_dropout_rate"),
+        *("weighted_captions", "fp8_base_unet"),
+    }
+)
+_EMBEDDING_FORMATS: dict[str, dict[str, Any]] = {"save_model_as": {"default": "pt"}}
 # Tools show messages as they come.
 _NO_CONSOLE = ("console_log_level", "console_log_file", "console_log_simple")
 _BY_SVD = ("new_rank", "new_conv_rank", "device", "lbws")
@@ -324,6 +334,28 @@ SCRIPTS: dict[str, Script] = {
         absent=frozenset({"fp8_base_unet", "no_token_padding", "stop_text_encoder_training", "learning_rate_te"}),
         changed=_MODEL_FORMATS,
         required=_MODEL_NEEDS,
+        family="sdxl",
+    ),
+    "train_textual_inversion.py": Script(
+        summary="Teach the text encoder of a Stable Diffusion 1.x or 2.x model a new word (textual inversion).",
+        concerns=(*_TRAINING, "embedding"),
+        absent=_NOT_OF_EMBEDDINGS,
+        changed=_EMBEDDING_FORMATS,
+        required=_EMBEDDING_NEEDS,
+    ),
+    "train_textual_inversion_XTI.py": Script(
+        summary="Teach a Stable Diffusion 1.x or 2.x model a new word with vectors for each layer (XTI).",
+        concerns=(*_TRAINING, "embedding"),
+        absent=_NOT_OF_EMBEDDINGS,
+        changed=_EMBEDDING_FORMATS,
+        required=_EMBEDDING_NEEDS,
+    ),
+    "sdxl_train_textual_inversion.py": Script(
+        summary="Teach both text encoders of an SDXL model a new word (textual inversion).",
+        concerns=(*_TRAINING, "embedding", "sdxl"),
+        absent=_NOT_OF_EMBEDDINGS | {"cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"},
+        changed=_EMBEDDING_FORMATS,
+        required=_EMBEDDING_NEEDS,
         family="sdxl",
     ),
     "gen_img_diffusers.py": Script(

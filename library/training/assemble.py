@@ -171,6 +171,7 @@ def prepare_data(recipe: Recipe, args: Any) -> tuple[list[Any], Any]:
         log.info("--seed is not given, using %d", args.seed)
     tokenizers = recipe.load_tokenizers(args)
     group = data_setup.build_data(options, recipe.support, tokenizers, args.seed)
+    recipe.prepare_captions(args, group)
     group.cache_text = TextCacher(recipe.family, options.model.max_token_length, options.dataset.skip_cache_check)
     if options.dataset.debug_dataset:
         debug_dataset(group)

@@ -104,6 +104,7 @@ class SamplePictures:
             autocast_dtype=weight_dtype(run.processes.accelerator.mixed_precision),
             seed=self.seed,
             modules=run.target.extra_modules(),
+            words=run.target.words,
         )
         set_training(run.optimizer, True)
 

@@ -209,6 +209,7 @@ def test_options_without_effect(line: str, names: set[str]) -> None:
 
 def test_rules_name_options_that_exist() -> None:
     scripts = ("train_network.py", "sdxl_train_network.py", "train_db.py", "fine_tune.py", "sdxl_train.py")
+    scripts += ("train_textual_inversion.py",)
     known = {option.dest for script in scripts for option in find_script(script).options()}
     assert not {name for need in NEEDS for name in need.names} - known
     assert not without_effect(options())

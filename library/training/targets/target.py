@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from library.data.batch import Batch
+    from library.generation.embeddings import Words
     from library.models.family import Family, LoadedModel
     from library.runtime.processes import Processes
     from library.training.draws import Place
@@ -30,11 +31,13 @@ class Target(ABC):
         family: the model family.
         model: the opened base model.
         trains_text: text is encoded with gradients.
+        words: words that prompts of sample pictures may name (embeddings).
     """
 
     family: Family
     model: LoadedModel
     trains_text: bool
+    words: Words | None = None
 
     @abstractmethod
     def parameter_groups(self) -> tuple[list[dict[str, Any]], list[str]]:
