@@ -23,7 +23,7 @@ NOT_YET: dict[str, dict[str, str]] = {
     "sdxl_train_network.py": _OF_TRAININGS,
     "train_db.py": _OF_TRAININGS,
     "fine_tune.py": _OF_TRAININGS,
-    "sdxl_train.py": _OF_MODELS,
+    "sdxl_train.py": _OF_TRAININGS,
     "train_textual_inversion.py": _OF_TRAININGS,
     "train_textual_inversion_XTI.py": _OF_TRAININGS,
     "sdxl_train_textual_inversion.py": _OF_TRAININGS,
