@@ -12,6 +12,7 @@ _METADATA = Support(dreambooth=False, finetuning=True)
 _BOTH = Support(dreambooth=True, finetuning=True)
 _WHOLE_CAPTIONS = Support(dreambooth=True, finetuning=True, dropout=False)
 _PAIRS = Support(dreambooth=False, controlnet=True)
+_EVERY_KIND = Support(dreambooth=True, finetuning=True, controlnet=True)
 
 SUPPORT: Mapping[str, Support] = {
     "train_db.py": _FOLDERS,
@@ -25,8 +26,8 @@ SUPPORT: Mapping[str, Support] = {
     "train_controlnet.py": _PAIRS,
     "sdxl_train_control_net_lllite.py": _PAIRS,
     "sdxl_train_control_net_lllite_old.py": _PAIRS,
-    "tools/cache_latents.py": _BOTH,
-    "tools/cache_text_encoder_outputs.py": _BOTH,
+    "tools/cache_latents.py": _EVERY_KIND,
+    "tools/cache_text_encoder_outputs.py": _EVERY_KIND,
 }
 
 

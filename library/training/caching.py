@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from library.data import cache_care
-from library.data.config_schema import Support
 from library.data.debug import FOLDER as DEBUG_FOLDER
 from library.data.debug import debug_dataset
+from library.data.support import SUPPORT
 from library.data.text_cache import BATCH_SIZE, require_fixed_captions
 from library.messages import UserError, log
 from library.models.family import Family, LoadedModel, family
@@ -29,7 +29,6 @@ from library.training.text_outputs import TextCacher
 if TYPE_CHECKING:
     from library.options.parser import Resolved
 
-SUPPORT = Support(dreambooth=True, finetuning=True, controlnet=True, dropout=True)
 # Files that are named one by one.
 SHOWN = 20
 
@@ -91,7 +90,7 @@ def _open_data(options: Resolved, chosen: Family) -> Any:
         log.info("without effect on caches: %s", ", ".join(f"--{name}" for name in idle))
     model = options.model
     tokenizers = chosen.load_tokenizers(model.v2, model.tokenizer_cache_dir, model.max_token_length)
-    group = data_setup.build_data(options, SUPPORT, tokenizers, options.loop.seed or 0)
+    group = data_setup.build_data(options, SUPPORT[options.script], tokenizers, options.loop.seed or 0)
     if options.dataset.debug_dataset:
         debug_dataset(group, folder=Path(options.saving.output_dir or ".") / DEBUG_FOLDER)
         return None

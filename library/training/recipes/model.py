@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from library.data.config_schema import Support
+from library.data.support import SUPPORT
 from library.data.text_cache import require_fixed_captions
 from library.models.modelspec import metadata_of_run
 from library.models.text_encoders import enable_gradient_checkpointing
@@ -139,7 +139,7 @@ class DreamBoothRecipe(ModelRecipe):
 
     script = "train_db.py"
     tracker = "dreambooth"
-    support = Support(dreambooth=True, finetuning=False, controlnet=False, dropout=True)
+    support = SUPPORT[script]
 
     def trains_text(self, options: Resolved) -> bool:
         return text_steps(options) is None or bool(text_steps(options))
@@ -150,7 +150,7 @@ class FineTuneRecipe(ModelRecipe):
 
     script = "fine_tune.py"
     tracker = "finetuning"
-    support = Support(dreambooth=False, finetuning=True, controlnet=False, dropout=True)
+    support = SUPPORT[script]
 
 
 class SdxlModelRecipe(ModelRecipe):
@@ -158,7 +158,7 @@ class SdxlModelRecipe(ModelRecipe):
 
     script = "sdxl_train.py"
     tracker = "finetuning"
-    support = Support(dreambooth=True, finetuning=True, controlnet=False, dropout=True)
+    support = SUPPORT[script]
     bucket_steps = 32
 
     def check_group(self, args: Any, group: Any) -> None:

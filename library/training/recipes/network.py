@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from library.data.config_schema import Support
+from library.data.support import SUPPORT
 from library.messages import log
 from library.models.family import Family, LoadedModel
 from library.runtime.float8 import hold_in_float8
@@ -36,7 +36,7 @@ class NetworkRecipe(Recipe):
     """
 
     tracker = "network_train"
-    support = Support(dreambooth=True, finetuning=True, controlnet=False, dropout=True)
+    support = SUPPORT["train_network.py"]
     hooks: Hooks
 
     def __init__(self, trainer: NetworkTrainer) -> None:
