@@ -21,7 +21,6 @@ SUCCESSORS = json.loads((SPEC / "later_options.json").read_text(encoding="utf-8"
 TO_COME = {
     "finetune/make_captions.py",
     "finetune/make_captions_by_git.py",
-    "finetune/prepare_buckets_latents.py",
     "finetune/tag_images_by_wd14_tagger.py",
     "sdxl_train_control_net_lllite.py",
     "sdxl_train_control_net_lllite_old.py",

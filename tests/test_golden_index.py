@@ -19,7 +19,7 @@ TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
 FILES: list[str] = json.loads((TESTS / "spec" / "golden_files.json").read_text(encoding="utf-8"))
 
-DATA_TOOLS = ("blip", "captioners", "git", "prepare_buckets", "wd14")
+DATA_TOOLS = ("blip", "captioners", "git", "wd14")
 # Pattern of file names -> the area that will read them.
 LATER = {
     "controls_*": "ControlNet and LLLite",

@@ -149,7 +149,7 @@ def cache_latents(
         write_latents(task.path, read_latents(task.path), key_text(task.wanted, source_state(task.wanted.source)))
     due.sort(key=batch_group)
     own = share.own(due)
-    _require_room(own)
+    require_room(own)
     cacher.run(own, lambda task, entry, state: write_latents(task.path, entry, key_text(task.wanted, state)))
     share.wait()
     mine = set(map(id, own))
@@ -188,7 +188,7 @@ class Share:
         return tasks[self.rank :: self.processes]
 
 
-def _require_room(tasks: Sequence[Task]) -> None:
+def require_room(tasks: Sequence[Task]) -> None:
     """Refuse to start what the disk cannot hold; files that are there already make room for their successors."""
     needed: Counter[str] = Counter()
     for task in tasks:

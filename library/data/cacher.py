@@ -64,7 +64,11 @@ class _Pictures:
     states: list[SourceState]
 
 
-def _read(task: Task) -> tuple[torch.Tensor, torch.Tensor | None, SourceState]:
+# Pixels (3, H, W), mask or None, and the state of the file.
+_Picture = tuple[torch.Tensor, Any, SourceState]
+
+
+def _read(task: Task) -> _Picture:
     dataset, index = next(((d, i) for d, i in task.users if d.subsets[d.items[i].subset].alpha_mask), task.users[0])
     try:
         state = source_state(task.wanted.source)
@@ -90,15 +94,24 @@ class Cacher:
         encode_exact: asked again, in float32, where `encode` gives values that are not finite.
         batch_size: pictures a call.
         readers: threads that decode pictures ahead.
+        leave_out: called with a task whose picture cannot be read, and why; None: that ends the work.
     """
 
-    def __init__(self, encode: Encode, encode_exact: Encode | None, batch_size: int, readers: int) -> None:
+    def __init__(
+        self,
+        encode: Encode,
+        encode_exact: Encode | None,
+        batch_size: int,
+        readers: int,
+        leave_out: Callable[[Task, UserError], None] | None = None,
+    ) -> None:
         if batch_size < 1:
             raise UserError(f"vae_batch_size is {batch_size}", "set it to 1 or more")
         self.encode = encode
         self.encode_exact = encode_exact
         self.batch_size = batch_size
         self.readers = readers
+        self.leave_out = leave_out
 
     def run(self, tasks: Sequence[Task], store: Store) -> None:
         """Encode every task's picture; `store` is called in other threads.
@@ -129,18 +142,34 @@ class Cacher:
     ) -> Iterator[_Pictures]:
         """Decoded batches in order; as many are under way as keep every reader busy."""
 
-        def stack(batch: Sequence[Task], futures: Sequence[Future]) -> _Pictures:
-            pictures, masks, states = zip(*(future.result() for future in futures), strict=True)
-            return _Pictures(batch, torch.stack(pictures), list(masks), list(states))
-
         ahead = BATCHES_AHEAD + -(-self.readers // self.batch_size)
-        queue: deque[Future[_Pictures]] = deque()
-        for batch in encoding_batches(tasks, self.batch_size):
-            queue.append(stacker.submit(stack, batch, [readers.submit(_read, task) for task in batch]))
-            if len(queue) > ahead:
-                yield queue.popleft().result()
-        while queue:
-            yield queue.popleft().result()
+        queue: deque[Future[_Pictures | None]] = deque()
+        batches = iter(encoding_batches(tasks, self.batch_size))
+        more = True
+        while more or queue:
+            batch = next(batches, None)
+            more = batch is not None
+            if batch is not None:
+                queue.append(stacker.submit(self._stack, batch, [readers.submit(_read, task) for task in batch]))
+            if queue and (len(queue) > ahead or not more):
+                pictures = queue.popleft().result()
+                if pictures is not None:
+                    yield pictures
+
+    def _stack(self, batch: Sequence[Task], futures: Sequence[Future[_Picture]]) -> _Pictures | None:
+        """One batch from its pictures; None where none of them can be read."""
+        read: list[tuple[Task, _Picture]] = []
+        for task, future in zip(batch, futures, strict=True):
+            try:
+                read.append((task, future.result()))
+            except UserError as error:
+                if self.leave_out is None:
+                    raise
+                self.leave_out(task, error)
+        if not read:
+            return None
+        pixels, masks, states = zip(*(picture for _, picture in read), strict=True)
+        return _Pictures([task for task, _ in read], torch.stack(pixels), list(masks), list(states))
 
     @torch.no_grad()
     def _encoded(self, batches: Iterator[_Pictures]) -> Iterator[tuple[_Pictures, torch.Tensor, torch.Tensor | None]]:

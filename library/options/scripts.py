@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from library.messages import UserError
+from library.options.bucket_tool import BucketToolConfig
 from library.options.caching import CachingConfig
 from library.options.config_file import ConfigFileConfig
 from library.options.console import ConsoleConfig
@@ -62,6 +63,7 @@ CONCERNS: dict[str, type] = {
     "embedding": EmbeddingConfig,
     "dataset": DatasetConfig,
     "caching": CachingConfig,
+    "bucket_tool": BucketToolConfig,
     "loop": LoopConfig,
     "optimizer": OptimizerConfig,
     "objective": ObjectiveConfig,
@@ -199,6 +201,11 @@ _NOT_CACHING = frozenset(
 )
 
 CACHE_TOOLS: dict[str, Script] = {
+    "finetune/prepare_buckets_latents.py": _tool(
+        "Choose training sizes for the pictures of a metadata file, and encode the pictures.",
+        "bucket_tool",
+        ("train_data_dir", "in_json", "out_json", "model_name_or_path"),
+    ),
     "tools/cache_latents.py": Script(
         summary="Encode the pictures of data sets before a training; the latents go into files beside the pictures.",
         concerns=_CACHING,

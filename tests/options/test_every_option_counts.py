@@ -40,9 +40,6 @@ TUNING = {
     "gen_img_diffusers.py": (r"highres_fix_\w+|control_net_\w+|vgg16_\w+|ds_\w+|gradual_latent_\w+",),
     "sdxl_gen_img.py": (r"highres_fix_\w+|control_net_\w+|ds_\w+|gradual_latent_\w+",),
     "sdxl_minimal_inference.py": (),
-    # files that hold are always kept; the help says so
-    "tools/cache_latents.py": (r"skip_existing",),
-    "tools/cache_text_encoder_outputs.py": (r"skip_existing",),
     # SD 2.x projections have one form inside, so there is nothing to choose; the help says so
     "tools/convert_diffusers20_original_sd.py": (r"unet_use_linear_projection",),
 }

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from library.data.support import SUPPORT
 from library.data.text_file import CachedText, TextOrigin
 from library.messages import UserError, log
 from library.options.parser import parse, resolve
@@ -28,8 +29,6 @@ from tools import cache_latents, cache_text_encoder_outputs
 RUNS = load_json(GOLDEN / "tools_cache.json")["runs"]
 COMMON = ["--pretrained_model_name_or_path", "m", "--resolution", "128", "--max_data_loader_n_workers", "0"]
 COMMON += ["--seed", "1", "--caption_extension", ".txt"]
-# Cases that need data sets of a metadata file.
-LATER = {"metadata", "metadata with sizes"}
 # What the original did without a word and is refused here, as a training refuses it -> what the message names.
 REFUSED = {
     "random crop is not refused": "random_crop",
@@ -121,8 +120,6 @@ def start(tool, argv):
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run['tool']}: {run['case']}")
 def test_recorded_runs(run, calls, tmp_path, monkeypatch):
-    if run["case"] in LATER:
-        pytest.skip("data sets of a metadata file come later")
     monkeypatch.chdir(tmp_path)
     argv = lay_out(run, tmp_path)
     if run["case"] in REFUSED:
@@ -178,7 +175,7 @@ def check_text(recorded, calls, folder, argv):
 
 
 def test_exceptions_are_recorded_cases():
-    assert {*LATER, *REFUSED} <= {run["case"] for run in RUNS}
+    assert set(REFUSED) <= {run["case"] for run in RUNS}
 
 
 def test_text_batches(calls, tmp_path, monkeypatch):
@@ -255,7 +252,7 @@ def test_a_training_keeps_what_the_tools_made(tiny_sdxl, tmp_path, monkeypatch, 
     options = resolve(parse(cache_latents.SCRIPT, argv), cache_latents.SCRIPT)
     family = caching.family("sdxl")
     model = family.load(tiny_sdxl)
-    group = data_setup.build_data(options, caching.SUPPORT, model.tokenizers, 1)
+    group = data_setup.build_data(options, SUPPORT[cache_latents.SCRIPT], model.tokenizers, 1)
     processes = caching._start(options)
     data_setup.cache_group_latents(
         group,
