@@ -37,7 +37,10 @@ def predict_and_target(
     noisy = run.draws.noisy_input(place, latents, noise, timesteps, schedule, config)
     with run.autocast():
         prediction = run.target.predict(noisy, timesteps, text, batch)
-    return prediction, objective.target(latents, noise, timesteps, schedule, run.v_prediction), timesteps
+    wanted = objective.target(latents, noise, timesteps, schedule, run.v_prediction)
+    with run.autocast():
+        wanted = run.target.preserved(wanted, noisy, timesteps, text, batch)
+    return prediction, wanted, timesteps
 
 
 def per_sample_loss(

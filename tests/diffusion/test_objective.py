@@ -319,3 +319,32 @@ def test_the_objective_reads_nothing_back_from_the_device():
         assert reads.count == 0
         losses.sum().item()
     assert reads.count == 1
+
+
+WEIGHTED = [
+    {"min_snr_gamma": 5.0},
+    {"min_snr_gamma": 5.0, "scale_v_pred_loss_like_noise_pred": True},
+    {"debiased_estimation_loss": True},
+    {"loss_type": "huber", "huber_schedule": "snr", "min_snr_gamma": 5.0},
+    {"loss_type": "smooth_l1", "huber_schedule": "snr"},
+    {},
+]
+
+
+@pytest.mark.parametrize("options", WEIGHTED, ids=str)
+def test_weights_at_zero_terminal_snr(options):
+    """Velocity learns from pure noise too: the weights take the signal-to-noise ratio of the ordinary schedule there.
+
+    With the rescaled schedule's own ratio, 0, min-SNR would leave the last timestep without any weight.
+    """
+    schedule, ordinary = make_schedule(zero_terminal_snr=True), make_schedule()
+    timesteps = torch.arange(1000)
+    ones = torch.ones(1000, 4, 2, 2)
+    config = ObjectiveConfig(**options)
+    values = dict(v_prediction=True, loss_weights=torch.ones(()))
+    losses = objective.loss_per_sample(ones, ones * 0, timesteps, schedule, config, **values)
+    assert schedule.alphas_cumprod[-1] == 0
+    assert losses.isfinite().all()
+    assert (losses > 0).all()
+    if options.get("huber_schedule") != "snr" or options.get("loss_type") not in objective.HUBER_LOSSES:
+        close(losses, objective.loss_per_sample(ones, ones * 0, timesteps, ordinary, config, **values))

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from library.training.hooks import Hooks
     from library.training.run import Run
 
+# Key of a subset's `custom_attributes`.
+PRESERVED = "diff_output_preservation"
+
 
 class NetworkTarget(Target):
     """A network module's object, called as networks.md 1.2 says.
@@ -169,6 +172,25 @@ class NetworkTarget(Target):
             batch,
             self.weight_dtype,
         )
+
+    def preserved(
+        self, wanted: torch.Tensor, noisy_latents: torch.Tensor, timesteps: torch.Tensor, text: Any, batch: Batch
+    ) -> torch.Tensor:
+        """Pictures marked `diff_output_preservation` should be predicted as the model does without the network."""
+        marks = [bool(one.get(PRESERVED)) for one in batch.get("custom_attributes") or ()]
+        if not any(marks):
+            return wanted
+        if not hasattr(self.network, "set_multiplier"):
+            raise UserError(f"{PRESERVED}: this network cannot be switched off for a while", "leave the attribute out")
+        strength = self.multiplier
+        self._set_multiplier(0.0)
+        try:
+            with torch.no_grad():
+                plain = self.predict(noisy_latents, timesteps, text, batch)
+        finally:
+            self._set_multiplier(strength)
+        chosen = torch.tensor(marks).to(wanted.device, non_blocking=True)
+        return torch.where(chosen[:, None, None, None], plain.to(wanted.dtype), wanted)
 
     def compute_loss(self, run: Run, batch: Batch, place: Place) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The objective, or what a subclass puts in its place (`process_batch`, `get_noise_pred_and_target`)."""

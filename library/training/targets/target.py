@@ -71,6 +71,12 @@ class Target(ABC):
         """Mean loss of a micro-batch, with gradients, and its timesteps."""
         return objective_loss(run, batch, place)
 
+    def preserved(
+        self, wanted: torch.Tensor, noisy_latents: torch.Tensor, timesteps: torch.Tensor, text: Any, batch: Batch
+    ) -> torch.Tensor:
+        """What should be predicted (B, 4, h, w), where the data ask for something else than noise or velocity."""
+        return wanted
+
     def post_process_loss(self, losses: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """A last word on the per-sample losses (B,)."""
         return losses
