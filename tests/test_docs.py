@@ -148,6 +148,7 @@ def key_rows() -> dict[str, tuple[set[str], str]]:
 def expected_levels() -> dict[str, set[str]]:
     above = {"g", "d"}
     levels = {key: set(above) for key in config_schema.DATASET_KEYS}
+    levels |= {key: {"d"} for key in config_schema.DATASET_ONLY_KEYS}
     shared = {**config_schema.SUBSET_KEYS, **config_schema.DROPOUT_KEYS}
     for kind in config_schema.SHARED_KEYS.values():
         shared |= kind
