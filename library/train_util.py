@@ -7,6 +7,7 @@ NAMES = {
     "add_dataset_arguments": "library.options.groups:add_dataset_arguments",
     "add_masked_loss_arguments": "library.options.groups:add_masked_loss_arguments",
     "add_optimizer_arguments": "library.options.groups:add_optimizer_arguments",
+    "add_sd_saving_arguments": "library.options.groups:add_sd_saving_arguments",
     "add_sd_models_arguments": "library.options.groups:add_sd_models_arguments",
     "add_training_arguments": "library.options.groups:add_training_arguments",
     "read_config_from_file": "library.options.porch_adapters:read_config_from_file",
@@ -90,6 +91,7 @@ NAMES = {
     ),
     "line_to_prompt_dict": "library.training.classic_samples:line_to_prompt_dict",
     "load_prompts": "library.training.classic_samples:load_prompts",
+    "sample_image_inference": "library.training.classic_samples:sample_image_inference",
     "sample_images": "library.training.classic_samples:sample_images",
     "sample_images_common": "library.training.classic_samples:sample_images_common",
     # training: optimizer, files, logs
@@ -111,6 +113,8 @@ NAMES = {
         "library.training.classic_training:save_sd_model_on_epoch_end_or_stepwise_common"
     ),
     "save_sd_model_on_train_end_common": "library.training.classic_training:save_sd_model_on_train_end_common",
+    "save_sd_model_on_epoch_end_or_stepwise": "library.training.classic_saving:save_sd_model_on_epoch_end_or_stepwise",
+    "save_sd_model_on_train_end": "library.training.classic_saving:save_sd_model_on_train_end",
     "save_state_on_train_end": "library.training.classic_training:save_state_on_train_end",
     "get_git_revision_hash": "library.training.metadata:git_revision",
     "SS_METADATA_KEY_BASE_MODEL_VERSION": "library.training.metadata:SS_METADATA_KEY_BASE_MODEL_VERSION",

@@ -29,25 +29,15 @@ TABLE: dict[str, dict[str, dict[str, Any]]] = json.loads(
     (Path(__file__).parent / "spec" / "public_names.json").read_text(encoding="utf-8")
 )
 
-MODEL_SAVING = "training scripts that save whole models"
 CONTROLNET = "ControlNet"
 PASSES = "picture passes besides text to image"
 DEEPSPEED = "more than one process"
 # Names whose area is still to come.
 LATER: dict[str, dict[str, str]] = {
-    "library.train_util": {
-        "add_sd_saving_arguments": MODEL_SAVING,
-        "save_sd_model_on_epoch_end_or_stepwise": MODEL_SAVING,
-        "save_sd_model_on_train_end": MODEL_SAVING,
-        "sample_image_inference": MODEL_SAVING,
-    },
+    "library.train_util": {},
     "library.model_util": {
         "convert_controlnet_state_dict_to_sd": CONTROLNET,
         "convert_controlnet_state_dict_to_diffusers": CONTROLNET,
-    },
-    "library.sdxl_train_util": {
-        "save_sd_model_on_train_end": MODEL_SAVING,
-        "save_sd_model_on_epoch_end_or_stepwise": MODEL_SAVING,
     },
     "library.original_unet": {"InferUNet2DConditionModel": PASSES},
     "library.sdxl_original_unet": {"InferSdxlUNet2DConditionModel": PASSES},

@@ -86,6 +86,14 @@ def add_training_arguments(parser: argparse.ArgumentParser, support_dreambooth: 
     _add(parser, TRAINING, *([PRIOR] if support_dreambooth else []))
 
 
+def add_sd_saving_arguments(parser: argparse.ArgumentParser) -> None:
+    """Form of the written model."""
+    present = {action.dest for action in parser._actions}
+    for option in find_script("train_db.py").options():
+        if option.dest in ("save_model_as", "use_safetensors") and option.dest not in present:
+            option.add_to(parser)
+
+
 def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
     """Optimizer and schedule."""
     _add(parser, OPTIMIZER)

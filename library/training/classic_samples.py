@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from library.generation.classic_pipeline import (
     SdxlStableDiffusionLongPromptWeightingPipeline,
     StableDiffusionLongPromptWeightingPipeline,
 )
-from library.generation.sampling import SamplePrompt, draw_samples, read_prompts
+from library.generation.sampling import SamplePrompt, draw_samples, read_prompts, sample_name
 from library.messages import UserError, log
 from library.models.family import LoadedModel, family
 from library.prompts.line_options import SAMPLE_ITEMS, parse_line
@@ -83,6 +85,39 @@ def sample_images_common(
     )
 
 
+def sample_image_inference(
+    accelerator: Any,
+    args: Any,
+    pipeline: Any,
+    save_dir: str,
+    prompt_dict: dict[str, Any],
+    epoch: int | None,
+    steps: int,
+    prompt_replacement: tuple[str, str] | None = None,
+    controlnet: Any = None,
+) -> None:
+    """Draw one picture of a table of `load_prompts` with a pipeline of `train_util`, into `save_dir`."""
+    prompt = _replaced(_prompt_of(prompt_dict), prompt_replacement)
+    width, height = prompt.size(pipeline.family.default_size, pipeline.family.size_multiple)
+    seed = prompt.seed
+    generator = None if seed is None else torch.Generator(device=pipeline.device).manual_seed(seed)
+    with accelerator.autocast():
+        latents = pipeline(
+            prompt.prompt,
+            negative_prompt=prompt.negative_prompt,
+            height=height,
+            width=width,
+            num_inference_steps=prompt.steps,
+            guidance_scale=prompt.scale,
+            generator=generator,
+            controlnet=controlnet,
+        )
+    image = pipeline.latents_to_image(latents)[0]
+    name = sample_name(args.output_name, epoch, steps, prompt_dict.get("enum", 0), seed)
+    Path(save_dir).mkdir(parents=True, exist_ok=True)
+    image.save(Path(save_dir) / name)
+
+
 def load_prompts(prompt_file: str) -> list[dict[str, Any]]:
     """A prompt file as a list of tables with the keys of its objects, `enum` being the place in the file."""
     return [{**_table(prompt), "enum": index} for index, prompt in enumerate(read_prompts(prompt_file))]
@@ -98,9 +133,17 @@ def _table(prompt: SamplePrompt) -> dict[str, Any]:
     return {k: v for k, v in _renamed(dataclasses.asdict(prompt)).items() if v is not None}
 
 
+# Field of a sample prompt -> key of a prompt file's objects.
+_KEYS = {"steps": "sample_steps", "sampler": "sample_sampler", "control_image": "controlnet_image"}
+
+
 def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
-    names = {"steps": "sample_steps", "sampler": "sample_sampler", "control_image": "controlnet_image"}
-    return {names.get(key, key): value for key, value in values.items()}
+    return {_KEYS.get(key, key): value for key, value in values.items()}
+
+
+def _prompt_of(table: Mapping[str, Any]) -> SamplePrompt:
+    fields = {field.name: _KEYS.get(field.name, field.name) for field in dataclasses.fields(SamplePrompt)}
+    return SamplePrompt(**{name: table[key] for name, key in fields.items() if key in table})
 
 
 def _replaced(prompt: SamplePrompt, replacement: tuple[str, str] | None) -> SamplePrompt:
