@@ -89,7 +89,7 @@ class Page:
 
     def facts(self, pairs: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> None:
         """Names with values, such as settings."""
-        rows = pairs.items() if isinstance(pairs, Mapping) else pairs
+        rows = _pairs(pairs)
         cells = "".join(f"<div><dt>{escape(str(name))}</dt><dd>{_cell(value)}</dd></div>" for name, value in rows)
         self._add(f'<dl class="facts">{cells}</dl>')
 
@@ -150,7 +150,7 @@ class Page:
         limit: int | None = None,
     ) -> None:
         """Named amounts as horizontal bars, in the order given; what is over `limit` is counted, not shown."""
-        rows = list(pairs.items() if isinstance(pairs, Mapping) else pairs)
+        rows = _pairs(pairs)
         self._add(charts.bars(rows[:limit], title=title, unit=unit) + _more(len(rows), limit))
 
     def picture(self, picture: Picture, caption: str, *, alt: str | None = None) -> None:
@@ -212,7 +212,8 @@ def data_uri(picture: Picture) -> str:
         buffer = io.BytesIO()
         picture.save(buffer, "WEBP", quality=82)
         picture = buffer.getvalue()
-    return f"data:image/{_kind(picture)};base64,{base64.b64encode(picture).decode()}"
+    data = bytes(picture)
+    return f"data:image/{_kind(data)};base64,{base64.b64encode(data).decode()}"
 
 
 def _kind(data: bytes) -> str:
@@ -240,6 +241,10 @@ def _caption_html(caption: str) -> str:
         return head + escape(rest)
     start = rest[:LONG_CAPTION].rsplit(" ", 1)[0]
     return f"{head}<details><summary>{escape(start)} ...</summary>{escape(rest[len(start) :])}</details>"
+
+
+def _pairs(pairs: Any) -> list[tuple[str, Any]]:
+    return list(pairs.items() if isinstance(pairs, Mapping) else pairs)
 
 
 def _marked(text: str) -> str:

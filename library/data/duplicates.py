@@ -42,12 +42,14 @@ class Look:
         content: hash of the file's bytes; empty if it could not be read.
         small: uint8 (9, 9, 3), or None where the pixels cannot be read.
         ratio: width / height of the pixels.
+        transparent: some place is not opaque.
         error: why the pixels cannot be read; empty if they can.
     """
 
     content: str = ""
     small: np.ndarray | None = None
     ratio: float = 1.0
+    transparent: bool = False
     error: str = ""
 
 
@@ -64,8 +66,9 @@ def look_at(path: str) -> Look:
             ratio = image.width / image.height
             image.draft("RGB", (SIDE * 8, SIDE * 8))  # JPEG decodes to an eighth of its size at once
             image.load()
-            small = _flat(image).resize((SIDE, SIDE), Image.Resampling.BOX)
-        return Look(content, np.asarray(small, dtype=np.uint8), ratio)
+            transparent = _is_transparent(image)
+            small = _flat(image, transparent).resize((SIDE, SIDE), Image.Resampling.BOX)
+        return Look(content, np.asarray(small, dtype=np.uint8), ratio, transparent)
     except Exception as error:  # plug-ins raise many kinds
         return Look(content, error=str(error) or type(error).__name__)
 
@@ -78,15 +81,20 @@ def _content_hash(path: str) -> str:
     return digest.hexdigest()
 
 
-def _flat(image: Any) -> Any:
+def _is_transparent(image: Any) -> bool:
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return False
+    return image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+
+
+def _flat(image: Any, transparent: bool) -> Any:
     """RGB, with transparent places black, so that cut-outs differ."""
     from PIL import Image
 
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        ground = Image.new("RGBA", image.size, (0, 0, 0, 255))
-        return Image.alpha_composite(ground, image).convert("RGB")
-    return image.convert("RGB")
+    if not transparent:
+        return image.convert("RGB")
+    ground = Image.new("RGBA", image.size, (0, 0, 0, 255))
+    return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
 
 
 def look_at_all(paths: Sequence[str], done: Callable[[], None] = lambda: None) -> list[Look]:
@@ -126,7 +134,7 @@ def similar_groups(looks: Sequence[Look]) -> list[list[int]]:
     chosen = list(first.values())
     if len(chosen) < 2:
         return []
-    smalls = np.stack([looks[index].small for index in chosen])
+    smalls = np.stack([small for index in chosen if (small := looks[index].small) is not None])
     ratios = np.array([looks[index].ratio for index in chosen])
     bits = _difference_bits(smalls)
     parent = list(range(len(chosen)))

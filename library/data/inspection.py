@@ -17,10 +17,11 @@ from typing import Any
 from library.data.buckets import Size
 from library.data.cache_state import CacheState, Holdings, cache_state
 from library.data.dataset import Dataset
-from library.data.duplicates import exact_groups, look_at_all, similar_groups
+from library.data.duplicates import Look, exact_groups, look_at_all, similar_groups
 from library.data.group import DatasetGroup
 from library.data.listing import list_folder
 from library.data.manifest import manifest_hash
+from library.data.pairs import uses_masks
 from library.data.picture_folder import caption_finder, caption_suffix
 from library.data.records import Item, ScanResult, SubsetSettings
 from library.data.sample import fits_without_buckets
@@ -75,10 +76,12 @@ def inspect(
         read_pictures: read every picture: duplicates and files that break off are found.
     """
     items = [item for dataset in group.datasets for item in dataset.items]
+    looks = _look(items) if read_pictures else None
     described = [_dataset(dataset, scan, run) for dataset, scan in zip(group.datasets, scans, strict=True)]
     states = cache_state(group.datasets, run.family)
     for facts, dataset, state in zip(described, group.datasets, states, strict=True):
         facts["caches"] = _caches(dataset, state)
+        facts["masks"] = _masks(dataset, looks)
     facts = {
         "script": run.script,
         "family": run.family,
@@ -89,7 +92,7 @@ def inspect(
         "steps": _steps(described, run),
         "datasets": described,
         "captions": _captions(group, scans, count_tokens),
-        "files": _files(items, scans, read_pictures),
+        "files": _files(scans, looks),
         "notes": [note for scan in scans for note in scan.notes],
     }
     facts["problems"] = problems_of(facts)
@@ -322,19 +325,40 @@ def _tokens(items: Sequence[tuple[Dataset, Item]], count_tokens: CountTokens) ->
     }
 
 
-def _files(items: Sequence[Item], scans: Sequence[ScanResult], read_pictures: bool) -> dict[str, Any]:
+def _look(items: Sequence[Item]) -> dict[str, Look]:
+    """Every picture file, read once."""
+    paths = list(dict.fromkeys(item.path for item in items if not item.path.endswith(".npz")))
+    with Progress(len(paths), "reading pictures") as progress:
+        return dict(zip(paths, look_at_all(paths, progress.update), strict=True))
+
+
+def _files(scans: Sequence[ScanResult], looks: dict[str, Look] | None) -> dict[str, Any]:
     """Unreadable files and duplicates; the latter are None where the pictures were not read."""
     broken = [text for scan in scans for text in scan.broken]
-    paths = list(dict.fromkeys(item.path for item in items if not item.path.endswith(".npz")))
-    if not read_pictures:
+    if looks is None:
         return {"unreadable": broken, "duplicates": None, "similar": None}
-    with Progress(len(paths), "reading pictures") as progress:
-        looks = look_at_all(paths, progress.update)
-    broken += [f"{path} ({look.error})" for path, look in zip(paths, looks, strict=True) if look.error]
+    paths, seen = list(looks), list(looks.values())
+    broken += [f"{path} ({look.error})" for path, look in looks.items() if look.error]
     return {
         "unreadable": broken,
-        "duplicates": [[paths[i] for i in group] for group in exact_groups(looks)],
-        "similar": [[paths[i] for i in group] for group in similar_groups(looks)],
+        "duplicates": [[paths[i] for i in group] for group in exact_groups(seen)],
+        "similar": [[paths[i] for i in group] for group in similar_groups(seen)],
+    }
+
+
+def _masks(dataset: Dataset, looks: dict[str, Look] | None) -> dict[str, Any] | None:
+    """How many pictures have a mask: a conditioning picture, or transparent places; None where none is asked for."""
+    used = [item for item in dataset.items if uses_masks(dataset.subsets[item.subset], dataset.settings.kind)]
+    folder = [item for item in used if item.conditioning]
+    alpha = [item for item in used if not item.conditioning]
+    if not used:
+        return None
+    seen = None if looks is None else sum(item.path in looks and looks[item.path].transparent for item in alpha)
+    return {
+        "pictures": len(dataset.items),
+        "from_folder": len(folder),
+        "alpha_asked": len(alpha),
+        "alpha_found": seen if alpha else 0,
     }
 
 
@@ -383,6 +407,9 @@ def problems_of(facts: dict[str, Any]) -> list[dict[str, str]]:
             "regularisation pictures not used",
             "there are more uses of them than of training pictures",
         )
+        masks = one["masks"]
+        if masks and masks["alpha_asked"] and masks["alpha_found"] == 0:
+            found.append(("warning", "alpha_mask is on, but no picture has transparent places: the masks do nothing"))
     if not facts["uses"]:
         found.append(("error", "no pictures to train on"))
     add("warning", len(captions["missing"]), "pictures without a caption file")

@@ -88,6 +88,8 @@ def _tree(page: Page, facts: dict[str, Any]) -> None:
         )
         if dataset["regularisation"]:
             page.text(texts.regularisation_text(dataset) + ".")
+        if dataset["masks"]:
+            page.text(texts.mask_text(dataset["masks"]) + ".")
     if facts["notes"]:
         page.subsection("Notes")
         page.bullets(facts["notes"], limit=ROWS)
@@ -199,7 +201,7 @@ def _shown(dataset: Any, index: int, place: int) -> tuple[bytes | Any, str]:
         )
         if said
     ]
-    name = Path(cell.key).name + (f" ({', '.join(marks)})" if marks else "")
+    name = Path(item.path).name + (f" ({', '.join(marks)})" if marks else "")
     return _webp(cell), f"{name}\n{cell.caption or '(empty caption)'}"
 
 

@@ -39,6 +39,8 @@ def _dataset_lines(number: int, dataset: dict[str, Any], family: str) -> Iterato
             yield f"    {', '.join(extra)}"
     if dataset["regularisation"]:
         yield f"  {regularisation_text(dataset)}"
+    if dataset["masks"]:
+        yield f"  {mask_text(dataset['masks'])}"
     for bucket in dataset["buckets"]:
         enlarged = f", enlarged: {bucket['enlarged']:,}" if bucket["enlarged"] else ""
         yield (
@@ -71,6 +73,16 @@ def regularisation_text(dataset: dict[str, Any]) -> str:
         f"Regularisation: {reg['uses']:,} uses of {reg['pictures_used']:,} of {reg['pictures_found']:,} pictures, to "
         f"match {dataset['training_uses']:,} uses of training pictures; loss weight {reg['loss_weight']:g}. "
         "They double the steps of an epoch"
+    )
+
+
+def mask_text(masks: dict[str, Any]) -> str:
+    """How many pictures have a mask of the loss."""
+    found = masks["alpha_found"]
+    by_alpha = "not counted" if found is None else f"{found:,}"
+    return (
+        f"Masks of the loss, for {masks['pictures']:,} pictures: {masks['from_folder']:,} from a folder, {by_alpha} by "
+        "transparent places; a picture without a mask counts fully"
     )
 
 

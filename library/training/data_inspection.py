@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from library.data import sources
 from library.data.config import resolve_datasets
-from library.data.config_schema import Support
 from library.data.group import DatasetGroup, build_group
 from library.data.inspection import Run, inspect
+from library.data.support import SUPPORT, with_masks
 from library.messages import UserError, log
 from library.options.config_file import unknown_message
 from library.options.parser import Resolved, defaults, resolve
@@ -31,8 +30,7 @@ def training_options(namespace: argparse.Namespace, script: str, own_script: str
     Raises:
         UserError: no such training script, or options that it would refuse.
     """
-    trainings = [name for name, entry in SCRIPTS.items() if {"dataset", "optimizer"} <= {*entry.concerns}]
-    trainings = [name for name in trainings if name != own_script]
+    trainings = [name for name in SUPPORT if name in SCRIPTS and "optimizer" in SCRIPTS[name].concerns]
     if script not in trainings:
         near = nearest(script, trainings, 1)
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(trainings)}"
@@ -46,18 +44,6 @@ def training_options(namespace: argparse.Namespace, script: str, own_script: str
     values = {**there, **{name: value for name, value in given.items() if name in there}}
     # as for --debug_dataset, neither model nor output folder need be given
     return resolve(argparse.Namespace(**{**values, "debug_dataset": True}), script).replace(debug_dataset=False)
-
-
-def support_of(script: str) -> Support:
-    """Which kinds of data sets a training script takes, seen from the options that it has."""
-    names = defaults(script)
-    controls = "control" in script
-    return Support(
-        dreambooth="reg_data_dir" in names and not controls,
-        finetuning="in_json" in names and not controls,
-        controlnet=controls,
-        dropout="caption_dropout_rate" in names,
-    )
 
 
 def inspect_options(
@@ -75,9 +61,7 @@ def inspect_options(
     """
     if options.dataset.dataset_class:
         raise UserError("--dataset_class makes its own batches, there is nothing to report", "leave it out")
-    support = support_of(options.script)
-    if options.objective.masked_loss:
-        support = replace(support, controlnet=True)
+    support = with_masks(SUPPORT[options.script], bool(options.value("masked_loss")))
     settings = resolve_datasets(options.dataset, support=support, max_token_length=options.model.max_token_length)
     seed = options.loop.seed or 0
     scans = [sources.scan(one, seed=seed, skip_broken=True, check_pixels=False) for one in settings]

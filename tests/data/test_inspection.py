@@ -14,11 +14,11 @@ from PIL import Image, ImageDraw
 from library.data.inspection_page import make_page, spread
 from library.data.inspection_text import lines_of
 from library.data.plan import batches_per_epoch
+from library.data.support import SUPPORT
 from library.messages import UserError
 from library.options.parser import parse
 from library.options.scripts import SCRIPTS
-from library.training.data_inspection import inspect_options, support_of, training_options
-from library.training.recipes.network import NetworkRecipe
+from library.training.data_inspection import inspect_options, training_options
 from tests.test_page import Reader
 
 ROOT = Path(__file__).parent.parent.parent
@@ -103,6 +103,8 @@ def test_a_good_data_set_has_no_problems_but_uncaptioned_regularisation(data):
     }  # fmt: skip
     assert facts["captions"]["tags"] == {"cat": 12, "tag0": 6, "tag1": 6, "animal": 3, "masked": 1}
     assert facts["captions"]["tokens"]["lengths"] == {"1": 4, "4": 12}
+    assert first["masks"] is None
+    assert facts["datasets"][1]["masks"] == {"pictures": 1, "from_folder": 0, "alpha_asked": 1, "alpha_found": 1}
     assert facts["pictures"] == 16 and facts["uses"] == 49
 
 
@@ -217,11 +219,9 @@ def test_options_of_other_scripts_and_of_none(data, caplog):
         training_options(args, SCRIPT, SCRIPT)
 
 
-def test_support_is_seen_from_the_options():
-    assert support_of("train_network.py") == support_of("sdxl_train_network.py") == NetworkRecipe.support
-    for script, entry in SCRIPTS.items():
-        if "optimizer" in entry.concerns and script != SCRIPT:
-            assert support_of(script).kinds
+def test_every_training_script_can_be_reported():
+    known = [script for script, entry in SCRIPTS.items() if "optimizer" in entry.concerns and script != SCRIPT]
+    assert set(known) <= set(SUPPORT)
 
 
 def test_spread_takes_the_first_and_equal_distances():
