@@ -18,6 +18,7 @@ from library.generation.request import ImageRequest
 from library.generation.sample_prompts import SamplePrompt, read_prompts, sample_prompt
 from library.messages import UserError, log, warn_once
 from library.models.family import Family, LoadedModel
+from library.runtime.modes import evaluation_mode
 from library.runtime.precision import autocast
 from library.runtime.streams import stream_seed
 
@@ -138,20 +139,17 @@ def _request(family: Family, prompt: SamplePrompt, *, seed: int, step: int, inde
 @contextlib.contextmanager
 def lent_for_drawing(modules: Sequence[nn.Module], device: str | torch.device) -> Iterator[None]:
     """Modules in evaluation mode on the device; afterwards each is in its own mode on its own device again."""
-    modes = [(part, part.training) for module in modules for part in module.modules()]
     places = [(module, _device_of(module)) for module in modules]
-    try:
-        for module, place in places:
-            module.eval()
-            if place is not None and place != torch.device(device):
-                module.to(device)
-        yield
-    finally:
-        for part, was_training in modes:
-            part.training = was_training
-        for module, place in places:
-            if place is not None and place != _device_of(module):
-                module.to(place)
+    with evaluation_mode(modules):
+        try:
+            for module, place in places:
+                if place is not None and place != torch.device(device):
+                    module.to(device)
+            yield
+        finally:
+            for module, place in places:
+                if place is not None and place != _device_of(module):
+                    module.to(place)
 
 
 def _device_of(module: nn.Module) -> torch.device | None:

@@ -249,6 +249,23 @@ def check_samples(options: Resolved) -> None:
         raise UserError(f"{wanted[0]} without --sample_prompts", "give a file of prompts")
 
 
+def check_validation(options: Resolved) -> None:
+    """Intervals of the validation loss."""
+    _at_least(options.validation, 1, "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps")
+
+
+def check_ema(options: Resolved) -> None:
+    """The decay is a share; optimizers that average themselves need no second average."""
+    decay = options.ema.ema_decay
+    _at_least(options.ema, 0, "ema_start")
+    if decay is None:
+        return
+    if not 0 <= decay < 1:
+        raise UserError(f"--ema_decay {decay} is not in 0 to 1", "give a number such as 0.999")
+    if (options.optimizer.optimizer_type or "").lower().endswith("schedulefree"):
+        raise UserError("--ema_decay with a schedule-free optimizer", "it averages the weights itself: leave it out")
+
+
 def check_logging(options: Resolved) -> None:
     """Trackers and their folder."""
     logging = options.logging
@@ -343,6 +360,8 @@ _CHECKS = (
     ("precision", check_precision),
     ("saving", check_saving),
     ("samples", check_samples),
+    ("validation", check_validation),
+    ("ema", check_ema),
     ("logging", check_logging),
     ("model_convert", check_conversion),
 )

@@ -34,6 +34,8 @@ def _settings(options: Resolved) -> list[tuple[str, str]]:
         ("precision", _precision(options)),
         ("result", _result(options)),
         ("sample pictures", _samples(options)),
+        ("validation", _validation(options)),
+        ("moving average", _average(options)),
     ]
 
 
@@ -166,3 +168,22 @@ def _samples(options: Resolved) -> str:
     if samples.sample_every_n_steps:
         return f"every {samples.sample_every_n_steps} steps, {samples.sample_sampler}"
     return ""
+
+
+def _validation(options: Resolved) -> str:
+    config = options.validation
+    if not options.dataset.validation_split:
+        return ""
+    parts = [f"{options.dataset.validation_split:g} of the pictures"]
+    if config.validate_every_n_steps:
+        parts.append(f"every {config.validate_every_n_steps} steps")
+    if config.validate_every_n_epochs or not config.validate_every_n_steps:
+        parts.append(f"every {config.validate_every_n_epochs or 1} epochs")
+    return ", ".join(parts)
+
+
+def _average(options: Resolved) -> str:
+    ema = options.ema
+    if ema.ema_decay is None:
+        return ""
+    return f"decay {ema.ema_decay:g}" + (f", from step {ema.ema_start}" if ema.ema_start else "")

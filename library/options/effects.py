@@ -86,6 +86,7 @@ NEEDS: tuple[Need, ...] = (
          "--use_object_template wins"),
     Need(("init_word",), lambda options: not options.embedding.weights,
          "--weights says what the vectors start from"),
+    Need(("ema_start", "ema_device"), _given("ema_decay"), "needs --ema_decay"),
     Need(("huber_schedule",), _loss_takes("huber_schedule"), "needs --loss_type huber or smooth_l1"),
     Need(("huber_c",), _loss_takes("huber_c"), "needs --loss_type huber or smooth_l1"),
     Need(("huber_scale",), _loss_takes("huber_scale"), "needs --loss_type huber or smooth_l1"),

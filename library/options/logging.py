@@ -19,5 +19,6 @@ class LoggingConfig:
     log_tracker_name: str | None = option(None, "name of the run's group in the logs; network_train when left out")
     log_tracker_config: str | None = option(None, 'TOML file with arguments per tracker, e.g. [wandb] name = "x"')
     log_config: bool = option(False, "log the options too, without tokens and paths")
+    no_report: bool = option(False, "do not write <output_name>-report.html, the page about the run, at its end")
     wandb_api_key: str | None = option(None, "wandb key; `wandb login` keeps it out of the command line")
     wandb_run_name: str | None = option(None, "name of the run in wandb")

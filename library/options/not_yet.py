@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from library.options.parser import Resolved
 
 _OF_TRAININGS = {
-    "validation_split": "the validation loss",
     "deepspeed": "DeepSpeed",
 }
 

@@ -16,11 +16,12 @@ from library.options.bucket_tool import BucketToolConfig
 from library.options.caching import CachingConfig
 from library.options.config_file import ConfigFileConfig
 from library.options.console import ConsoleConfig
-from library.options.data_tools import EdgesConfig, FacesConfig, PictureResizeConfig, TextCleanConfig, TextMergeConfig
 from library.options.data_inspect import DataInspectConfig
+from library.options.data_tools import EdgesConfig, FacesConfig, PictureResizeConfig, TextCleanConfig, TextMergeConfig
 from library.options.dataset import DatasetConfig
 from library.options.declare import Option, options_of
 from library.options.distributed import DistributedConfig
+from library.options.ema import EmaConfig
 from library.options.embedding import EmbeddingConfig
 from library.options.hub import HubConfig
 from library.options.image import ImageConfig
@@ -72,6 +73,7 @@ CONCERNS: dict[str, type] = {
     "metadata": MetadataConfig,
     "samples": SamplesConfig,
     "validation": ValidationConfig,
+    "ema": EmaConfig,
     "logging": LoggingConfig,
     "console": ConsoleConfig,
     "hub": HubConfig,
@@ -147,6 +149,7 @@ _TRAINING = (
     "objective",
     "samples",
     "validation",
+    "ema",
     "logging",
     "console",
     "hub",

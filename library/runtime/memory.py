@@ -5,9 +5,14 @@ from __future__ import annotations
 import contextlib
 import gc
 import re
+import sys
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from library.messages import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|CUDNN_STATUS_ALLOC_FAILED|CUBLAS_STATUS_ALLOC_FAILED|can't allocate memory"
@@ -45,6 +50,20 @@ def explained_out_of_memory(doing: str, remedies: Sequence[str] = TRAINING_REMED
         if not is_out_of_memory(error):
             raise
         raise UserError(f"out of memory while {doing}", f"try {', '.join(remedies[:-1])} or {remedies[-1]}") from error
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """Most memory in use at once so far: the GPU's where there is one, else this process's; None if nobody knows."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class GarbageCollection:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from library.data.debug import FOLDER as DEBUG_FOLDER
 from library.data.debug import debug_dataset
 from library.diffusion.schedule import make_schedule
 from library.generation.sample_prompts import read_prompts
@@ -22,6 +23,7 @@ from library.runtime.precision import weight_dtype
 from library.runtime.processes import Processes, start_processes
 from library.training import data_setup, model_setup
 from library.training.draws import Draws
+from library.training.ema import make_average
 from library.training.feed import DataFeed
 from library.training.fused_backward import require_one_process
 from library.training.guard import FiniteGuard
@@ -33,6 +35,7 @@ from library.training.optimizers import Built, make_optimizer
 from library.training.recipes.recipe import Recipe, Setup
 from library.training.report import show_settings
 from library.training.run import Position, Run
+from library.training.run_facts import make_record, make_work_counter, run_facts
 from library.training.samples import SamplePictures
 from library.training.saver import Saver
 from library.training.scaler import make_scaler
@@ -41,6 +44,7 @@ from library.training.state import load_state
 from library.training.stochastic_rounding import StochasticRounding
 from library.training.text_outputs import TextCacher
 from library.training.trackers import choose_trackers, start_trackers
+from library.training.validation import NoValidation, Validation
 
 if TYPE_CHECKING:
     import argparse
@@ -91,7 +95,7 @@ def build_run(recipe: Recipe, args: argparse.Namespace, draws: Draws | None = No
     require_one_process(built.optimizer, processes)
     names = [names[source] for source in built.sources]
     write_back_optimizer(args, built)
-    feed = make_feed(setup)
+    feed = make_feed(setup, group, options.loop.gradient_accumulation_steps)
     steps, epochs = write_back_length(args, feed)
     group.set_max_train_steps(steps)
     schedule = make_lr_schedule(built.optimizer, built.effective_config, steps)
@@ -132,6 +136,8 @@ def build_run(recipe: Recipe, args: argparse.Namespace, draws: Draws | None = No
             hooks=recipe.hooks,
             args=args,
             step_logs=recipe.step_logs,
+            record=make_record(options, processes),
+            work=make_work_counter(options, processes),
         ),
         saver=Saver(
             options.saving,
@@ -151,6 +157,8 @@ def build_run(recipe: Recipe, args: argparse.Namespace, draws: Draws | None = No
             seed=args.seed,
         ),
         position=Position(),
+        ema=make_average(options.ema, target.trainable_parameters(), built.optimizer),
+        validation=make_validation(setup),
     )
     if rounding is not None:
         rounding.update_number = lambda: run.position.step
@@ -160,6 +168,8 @@ def build_run(recipe: Recipe, args: argparse.Namespace, draws: Draws | None = No
     if has_trackers:
         start_trackers(processes.accelerator, options.logging, recipe.tracker, vars(args))
     resume(run, options)
+    if run.log.record is not None:
+        run.log.record.start(run_facts(options, run))
     return run
 
 
@@ -174,7 +184,7 @@ def prepare_data(recipe: Recipe, args: Any) -> tuple[list[Any], Any]:
     recipe.prepare_captions(args, group)
     group.cache_text = TextCacher(recipe.family, options.model.max_token_length, options.dataset.skip_cache_check)
     if options.dataset.debug_dataset:
-        debug_dataset(group)
+        debug_dataset(group, folder=Path(options.saving.output_dir or ".") / DEBUG_FOLDER)
         return tokenizers, None
     write_back_data_options(args)
     recipe.check_group(args, group)
@@ -207,14 +217,30 @@ def prepare_model(recipe: Recipe, setup: Setup) -> None:
     recipe.prepare_text(setup)
 
 
-def make_feed(setup: Setup) -> DataFeed:
-    """The data sets as the loop reads them."""
+def make_validation(setup: Setup) -> NoValidation:
+    """The loss on held-out pictures, where there are any."""
+    options, group = setup.options, getattr(setup.group, "validation", None)
+    if group is None:
+        return NoValidation()
+    given = options.dataset.validation_seed
+    return Validation(
+        options.validation,
+        feed=make_feed(setup, group, accumulation=1),
+        objective=options.objective,
+        seed=setup.args.seed if given is None else given,
+        device=setup.processes.device,
+        live=setup.args,
+    )
+
+
+def make_feed(setup: Setup, group: Any, accumulation: int) -> DataFeed:
+    """Data sets as the loop reads them."""
     loop, processes = setup.options.loop, setup.processes
     return DataFeed(
-        setup.group,
+        group,
         seed=setup.args.seed,
         processes=processes,
-        accumulation=loop.gradient_accumulation_steps,
+        accumulation=accumulation,
         workers=min(loop.max_data_loader_n_workers, available_cores()),
         persistent=loop.persistent_data_loader_workers,
         pin_memory=processes.device.type == "cuda",

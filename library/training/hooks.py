@@ -72,7 +72,7 @@ class Hooks:
 
     def assert_extra_args(self, args: Any, group: Any) -> None:
         """Third argument (the validation group) only where the method takes one."""
-        extra = (None,) if self.positional_count("assert_extra_args") >= 3 else ()
+        extra = (getattr(group, "validation", None),) if self.positional_count("assert_extra_args") >= 3 else ()
         self.call("assert_extra_args", args, group, *extra)
 
     def cache_text_outputs(

@@ -1,12 +1,14 @@
 """Collects what steps log and writes it in bulk, so that a step itself reads nothing from the device.
 
 Losses and norms stay tensors until the book is flushed: every `FLUSH_EVERY` updates, at the end of an epoch, and
-before anything is saved. Each value is then logged under its own step.
+before anything is saved. Each value is then logged under its own step: to the trackers, and to the run's own record
+(`record.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +16,14 @@ import torch
 
 from library.messages import Progress, log
 from library.training.metrics import LossRecorder, step_logs
+from library.training.micro_losses import fetch
+from library.training.step_lines import StepLines
+from library.training.stopwatch import Stopwatch
+from library.training.work import WorkCounter
 
 if TYPE_CHECKING:
     from library.training.hooks import Hooks
+    from library.training.record import Record
     from library.training.run import Run
 
 FLUSH_EVERY = 10
@@ -24,7 +31,13 @@ FLUSH_EVERY = 10
 
 @dataclass(slots=True)
 class Entry:
-    """One micro-step; `values` may hold device tensors."""
+    """One micro-step; `values` may hold device tensors.
+
+    Attributes:
+        samples: loss and timestep of each of its samples, both (B,), where they are known.
+        updated: it made an update.
+        norm: of that update's gradients, None where it was not measured.
+    """
 
     epoch: int
     micro: int
@@ -32,6 +45,9 @@ class Entry:
     loss: torch.Tensor
     rates: list[float]
     values: dict[str, Any] = field(default_factory=dict)
+    samples: tuple[torch.Tensor, torch.Tensor] | None = None
+    updated: bool = True
+    norm: torch.Tensor | None = None
 
 
 class LogBook:
@@ -44,6 +60,8 @@ class LogBook:
         log_to: `log(values, step=...)` of the active trackers, or None.
         hooks, args: a trainer's hooks and its live namespace, where there is one.
         step_logs: makes the trackers' values of a micro-step, see `metrics.py`.
+        record: the run's own record, or None (also in every process but the first).
+        work: counts what a picture costs.
     """
 
     def __init__(
@@ -56,6 +74,8 @@ class LogBook:
         hooks: Hooks | None = None,
         args: Any = None,
         step_logs: Callable[..., dict[str, Any]] = step_logs,
+        record: Record | None = None,
+        work: WorkCounter | None = None,
     ) -> None:
         self.recorder = LossRecorder()
         self.group_names = group_names
@@ -67,12 +87,36 @@ class LogBook:
         self.total = total
         self.pictures_per_update = pictures_per_update
         self.bar: Progress | None = None
+        self.record = record
+        self.lines = StepLines()
+        self.work = work or WorkCounter()
+        self.stopwatch = Stopwatch()
+        self._samples: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def note(self, run: Run, loss: torch.Tensor, values: dict[str, Any]) -> None:
-        """Note one micro-step, after its update if it made one."""
+    def note_samples(self, losses: torch.Tensor, timesteps: torch.Tensor) -> None:
+        """Losses and timesteps (B,) of the samples of the micro-step that is under way."""
+        self._samples = losses.detach(), timesteps
+
+    def forget_samples(self) -> None:
+        """What was noted last belongs to no micro-step."""
+        self._samples = None
+
+    def note(
+        self,
+        run: Run,
+        loss: torch.Tensor,
+        values: dict[str, Any],
+        *,
+        updated: bool = True,
+        norm: torch.Tensor | None = None,
+    ) -> None:
+        """Note one micro-step, after its update if it made one, whose gradients had the `norm`."""
         position = run.position
         rates = run.lr_schedule.get_last_lr()
-        self.entries.append(Entry(position.epoch, position.micro - 1, position.step, loss, rates, values))
+        samples, self._samples = self._samples, None
+        self.entries.append(
+            Entry(position.epoch, position.micro - 1, position.step, loss, rates, values, samples, updated, norm)
+        )
 
     def flush_if_due(self, run: Run) -> None:
         """Write now if enough was noted, or if a hook wants to see every micro-step."""
@@ -88,12 +132,39 @@ class LogBook:
         entries, self.entries = self.entries, []
         if not entries:
             return
-        losses = run.processes.reduce_mean(torch.stack([entry.loss.float() for entry in entries])).tolist()
-        for entry, loss in zip(entries, losses, strict=True):
-            self.recorder.add(epoch=entry.epoch - 1, step=entry.micro, loss=loss)
+        fetched = fetch(entries, run.processes)
+        for entry, got in zip(entries, fetched, strict=True):
+            self.recorder.add(epoch=entry.epoch - 1, step=entry.micro, loss=got.loss)
             if run.processes.is_main:
-                self._log(run, entry, loss)
+                self._log(run, entry, got.loss)
+                if self.record is not None:
+                    self.lines.add(run, entry, got, self.recorder.moving_average)
+        if self.record is not None:
+            self.record.add(*self.lines.take(run, *self.stopwatch.read()))
         self._show(run)
+
+    @contextlib.contextmanager
+    def aside(self, run: Run) -> Iterator[None]:
+        """What is done inside the block is not part of the updates' time. Every process enters."""
+        self.flush(run)
+        try:
+            yield
+        finally:
+            self.stopwatch.restart()
+
+    def log_apart(self, run: Run, values: dict[str, float]) -> None:
+        """Log values that belong to no micro-step (validation) under the current step."""
+        if run.processes.is_main and self.log_to is not None:
+            self.log_to(values, step=run.position.step)
+
+    def event(self, run: Run, kind: str, **facts: Any) -> None:
+        """A line of the run's record about what just happened."""
+        if self.record is not None:
+            self.record.add({"kind": kind, "step": run.position.step, "epoch": run.position.epoch, **facts})
+
+    def recorded(self) -> contextlib.AbstractContextManager:
+        """The record is completed when the block ends, however it ends."""
+        return contextlib.nullcontext() if self.record is None else self.record.open_until_the_end()
 
     def _calls_hook(self) -> bool:
         return self.hooks is not None and (
@@ -128,6 +199,7 @@ class LogBook:
         """Show the progress from here on."""
         self.bar = Progress(self.total, "steps", initial=run.position.step)
         self.bar.__enter__()
+        self.stopwatch.restart()
 
     def _show(self, run: Run) -> None:
         if self.bar is None or run.position.step <= self.bar.done:

@@ -30,14 +30,17 @@ def train(run: Run) -> None:
         Interrupted: a signal asked for a stop; the state was saved.
         UserError: a loss or gradient was not finite and the state before that update was saved; or out of memory.
     """
-    run.samples.before_training(run)
-    run.log.open(run)
-    with explained_out_of_memory("training"), GarbageCollection() as garbage, InterruptFlag() as interrupt:
-        while run.position.step < run.max_steps:
-            train_epoch(run, interrupt, garbage)
-    stop_if_bad(run, run.guard.check_last())
-    run.log.close(run)
-    run.saver.at_end(run)
+    with run.log.recorded(), explained_out_of_memory("training"):
+        run.samples.before_training(run)
+        run.validation.before_training(run)
+        run.log.open(run)
+        with GarbageCollection() as garbage, InterruptFlag() as interrupt:
+            while run.position.step < run.max_steps:
+                train_epoch(run, interrupt, garbage)
+        stop_if_bad(run, run.guard.check_last())
+        run.log.close(run)
+        run.validation.at_end(run)
+        run.saver.at_end(run)
 
 
 def train_epoch(run: Run, interrupt: InterruptFlag, garbage: GarbageCollection) -> None:
@@ -47,20 +50,21 @@ def train_epoch(run: Run, interrupt: InterruptFlag, garbage: GarbageCollection) 
     run.target.on_epoch_start(epoch)
     pending: list[tuple[torch.Tensor, Batch, torch.Tensor | None]] = []
 
-    for batch in run.feed.batches(plan, run.position.micro, run.position.step):
+    for batch in run.log.stopwatch.waiting(run.feed.batches(plan, run.position.micro, run.position.step)):
         place = run.feed.place(epoch, run.position.micro)
         loss, timesteps = micro_step(run, batch, place)
         pending.append((loss, batch, timesteps))
         run.position.micro += 1
         if run.position.micro % run.accumulation and run.position.micro < len(plan):
-            run.log.note(run, loss, run.target.on_step_end())
+            run.log.note(run, loss, run.target.on_step_end(), updated=False)
             run.log.flush_if_due(run)
             continue
 
-        update(run, pending)
+        norm = update(run, pending)
         pending = []
-        run.log.note(run, loss, run.target.on_step_end())
+        run.log.note(run, loss, run.target.on_step_end(), norm=norm)
         run.samples.after_update(run)
+        run.validation.after_update(run)
         run.saver.after_update(run)
         run.log.flush_if_due(run)
         garbage.step(run.position.step)
@@ -80,14 +84,19 @@ def micro_step(run: Run, batch: Batch, place: Place) -> tuple[torch.Tensor, torc
     """
     run.draws.seed_modules(place)
     run.target.on_step_start(batch)
-    loss, timesteps = run.target.compute_loss(run, batch, place)
-    scaled = loss * (place.loss_weight / run.accumulation)
-    (run.scaler.scale(scaled) if run.scaler else scaled).backward()
+    with run.log.work.counted(place.samples):
+        loss, timesteps = run.target.compute_loss(run, batch, place)
+        scaled = loss * (place.loss_weight / run.accumulation)
+        (run.scaler.scale(scaled) if run.scaler else scaled).backward()
     return loss.detach(), timesteps
 
 
-def update(run: Run, pending: list[tuple[torch.Tensor, Batch, torch.Tensor | None]]) -> None:
-    """Gradients of all processes together, clip, optimizer and schedule step."""
+def update(run: Run, pending: list[tuple[torch.Tensor, Batch, torch.Tensor | None]]) -> torch.Tensor | None:
+    """Gradients of all processes together, clip, optimizer and schedule step.
+
+    Returns:
+        The norm of the gradients before clipping (on the device), None without clipping.
+    """
     start = replace(run.position, micro=run.position.micro - len(pending))
     before = (start, run.lr_schedule.state_dict())
     parameters = run.target.trainable_parameters()
@@ -98,6 +107,7 @@ def update(run: Run, pending: list[tuple[torch.Tensor, Batch, torch.Tensor | Non
 
     # checked before this update is made, so that the state to save is still the one before the bad update
     stop_if_bad(run, run.guard.check_last())
+    run.ema.settle()
     finite = run.guard.watch(
         [loss for loss, _, _ in pending],
         None if run.scaler else norm,  # the scaler skips overflowed gradients itself
@@ -119,6 +129,8 @@ def update(run: Run, pending: list[tuple[torch.Tensor, Batch, torch.Tensor | Non
         run.lr_schedule.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.position.step += 1
+    run.ema.note_update()
+    return norm
 
 
 def end_epoch(run: Run, plan: EpochPlan) -> None:
@@ -129,6 +141,7 @@ def end_epoch(run: Run, plan: EpochPlan) -> None:
     run.processes.barrier()
     if complete:
         run.position.epoch, run.position.micro = finished + 1, 0
+    run.validation.after_epoch(run, finished)
     run.saver.after_epoch(run, finished)
     run.samples.after_epoch(run, finished)
 
@@ -147,6 +160,7 @@ def stop_if_bad(run: Run, suspect: Suspect | None) -> None:
         return
     position, schedule_state = suspect.place_to_return
     run.position = position
+    run.ema.forget_update()
     run.lr_schedule.load_state_dict(schedule_state)
     run.log.forget_after(position.step)
     run.log.close(run)

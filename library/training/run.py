@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from library.training.ema import MovingAverage, no_average
+from library.training.validation import NoValidation
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +53,8 @@ class Run:
         accumulation: micro-steps per update; max_grad_norm: 0 for no clipping.
         max_steps, epochs: length of the run, counted from its start (not from a resume).
         autocast: a context manager factory for the U-Net call.
+        ema: moving average of what is trained; false in an if where there is none.
+        validation: loss on held-out pictures.
     """
 
     target: Target
@@ -74,3 +79,5 @@ class Run:
     saver: Saver
     samples: SamplePictures
     position: Position
+    ema: MovingAverage = field(default_factory=no_average)
+    validation: NoValidation = field(default_factory=NoValidation)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.messages import log
+from library.training.ema import FILE_MARK
 
 if TYPE_CHECKING:
     from library.options.samples import SamplesConfig
@@ -79,23 +80,33 @@ class SamplePictures:
         if not path or not Path(path).is_file():
             log.warning("no sample pictures: there is no prompt file %s", path)
             return
-        if run.processes.is_main:
-            self._draw_file(run, Path(path), epoch)
-        run.processes.barrier()
+        with run.log.aside(run):
+            if run.processes.is_main:
+                self._draw_file(run, Path(path), epoch)
+            run.processes.barrier()
 
     def _draw_file(self, run: Run, path: Path, epoch: int | None) -> None:
-        from library.generation.sampling import draw_samples, read_prompts
-        from library.runtime.precision import weight_dtype
+        from library.generation.sampling import read_prompts
         from library.training.optimizers import set_training
 
-        run.log.flush(run)
+        prompts = read_prompts(path)
         set_training(run.optimizer, False)
-        draw_samples(
+        self._draw_prompts(run, prompts, epoch, self.name, average=False)
+        if run.ema:
+            with run.ema.in_place():
+                self._draw_prompts(run, prompts, epoch, (self.name or "") + FILE_MARK, average=True)
+        set_training(run.optimizer, True)
+
+    def _draw_prompts(self, run: Run, prompts: Any, epoch: int | None, name: str | None, *, average: bool) -> None:
+        from library.generation.sampling import draw_samples
+        from library.runtime.precision import weight_dtype
+
+        drawn = draw_samples(
             run.target.family,
             run.target.model,
-            read_prompts(path),
+            prompts,
             output_dir=self.folder,
-            output_name=self.name,
+            output_name=name,
             epoch=epoch,
             step=run.position.step,
             sampler=self.config.sample_sampler,
@@ -106,7 +117,10 @@ class SamplePictures:
             modules=run.target.extra_modules(),
             words=run.target.words,
         )
-        set_training(run.optimizer, True)
+        for one in drawn:
+            path = one.path.relative_to(self.folder).as_posix()
+            shown = {"index": one.index, "prompt": one.prompt.prompt, "seed": one.seed, "ema": average}
+            run.log.event(run, "sample", path=path, **shown)
 
 
 def is_due(options: Any, epoch: int | None, step: int) -> bool:

@@ -12,6 +12,7 @@ from library.options.hub import HubConfig
 from library.replaceable import replacement
 from library.runtime.precision import save_dtype
 from library.training import saving
+from library.training.ema import marked_name
 from library.training.hub import Uploads
 from library.training.optimizers import set_training
 from library.training.state import save_state
@@ -69,21 +70,22 @@ class Saver:
         config, step = self.config, run.position.step
         if not saving.due_after_step(config, step):
             return
-        run.log.flush(run)
         run.processes.barrier()
         # sd-scripts states the zero-based epoch at a step save; readers of old files expect it
-        self._save(run, self._step_name(step), "step", step, run.position.epoch - 1)
-        if config.save_state:
-            self._save_state(run, saving.step_state_name(config.output_name, step), "step", step)
+        with run.log.aside(run):
+            self._save(run, self._step_name(step), "step", step, run.position.epoch - 1)
+            if config.save_state:
+                self._save_state(run, saving.step_state_name(config.output_name, step), "step", step)
         self._remove("step", saving.oldest_step_to_go(config, step), saving.oldest_step_to_go(config, step, state=True))
 
     def after_epoch(self, run: Run, epoch: int) -> None:
         config = self.config
         if not saving.due_after_epoch(config, epoch, run.epochs):
             return
-        self._save(run, saving.epoch_name(config.output_name, epoch, self.extension), "epoch", epoch, epoch)
-        if config.save_state:
-            self._save_state(run, saving.epoch_state_name(config.output_name, epoch), "epoch", epoch)
+        with run.log.aside(run):
+            self._save(run, saving.epoch_name(config.output_name, epoch, self.extension), "epoch", epoch, epoch)
+            if config.save_state:
+                self._save_state(run, saving.epoch_state_name(config.output_name, epoch), "epoch", epoch)
         self._remove(
             "epoch", saving.oldest_epoch_to_go(config, epoch), saving.oldest_epoch_to_go(config, epoch, state=True)
         )
@@ -119,12 +121,18 @@ class Saver:
     def _save(self, run: Run, name: str, kind: saving.Kind | None, number: int, epoch: int) -> None:
         if not self.main:
             return
-        path = self.folder / name
+        self._write(run, self.folder / name, kind, number, epoch)
+        if run.ema:
+            with run.ema.in_place():
+                self._write(run, self.folder / marked_name(name, self.extension), kind, number, epoch)
+
+    def _write(self, run: Run, path: Path, kind: saving.Kind | None, number: int, epoch: int) -> None:
         log.info("saving %s", path)
         set_training(run.optimizer, False)
         metadata = self.metadata(run, epoch) if self.metadata else {}
         run.target.save(path, save_dtype(self.options.save_precision), metadata, epoch=epoch, step=run.position.step)
         set_training(run.optimizer, True)
+        run.log.event(run, "save", path=path.name)
         if kind is not None:
             self.files.add(path, kind, number)
         self.uploads.send(path, last=kind is None)

@@ -2,6 +2,7 @@
 
     weights.safetensors   what is trained (for a network: the network alone, no base model)
     optimizer.pt          optimizer and schedule state, gradient scaler
+    average.safetensors   the moving average of the weights, with --ema_decay
     run.json              position, seed, shape of the run, recorded losses, files written
 
 Random numbers need no state: every draw is a function of seed and position (`draws.py`). A folder is written
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 RUN_FILE = "run.json"
+AVERAGE_FILE = "average.safetensors"
 
 
 def save_state(run: Run, folder: Path) -> None:
@@ -45,7 +47,11 @@ def save_state(run: Run, folder: Path) -> None:
         "batches_per_epoch": run.feed.batches_per_epoch,
         "losses": run.log.state(),
         "files": run.saver.files_written(),
+        "validation": run.validation.state(),
+        "record": run.log.record.state() if run.log.record else None,
     }
+    if run.ema:
+        facts["ema_updates"], averages = run.ema.state()
     parts = {
         "optimizer": run.optimizer.state_dict(),
         "schedule": plain_schedule_state(run.lr_schedule),
@@ -53,6 +59,8 @@ def save_state(run: Run, folder: Path) -> None:
     }
     with atomic_folder(folder) as partial:
         save_file(weights, partial / "weights.safetensors")
+        if run.ema:
+            save_file(averages, partial / AVERAGE_FILE)
         torch.save(parts, partial / "optimizer.pt")
         (partial / RUN_FILE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
@@ -83,6 +91,10 @@ def load_state(run: Run, folder: Path) -> None:
     run.position = Position(**facts["position"])
     run.log.load_state(facts["losses"])
     run.saver.adopt_files(facts["files"])
+    run.validation.load_state(facts.get("validation"))
+    load_average(run, folder, facts.get("ema_updates", 0))
+    if run.log.record is not None:
+        run.log.record.go_on(facts.get("record"))
     log.info("resumed from %s: epoch %d, step %d", folder, run.position.epoch, run.position.step)
 
 
@@ -143,6 +155,20 @@ def load_weights(run: Run, weights: Any, folder: Path) -> None:
             f"--resume {folder} holds other weights than this run trains ({reason})",
             "use the options that say what is trained (for a network: module, dim, args) that the state was made with",
         ) from error
+
+
+def load_average(run: Run, folder: Path, updates: int) -> None:
+    """The moving average of the weights; from a state without one it begins with the weights as they are now."""
+    path = folder / AVERAGE_FILE
+    if not run.ema:
+        if path.exists():
+            log.warning("%s holds a moving average of the weights; without --ema_decay it ends here", folder)
+        return
+    if path.exists():
+        run.ema.load_state(updates, load_file(path))
+        return
+    log.warning("%s holds no moving average of the weights: it begins now", folder)
+    run.ema.restart()
 
 
 def load_optimizer(run: Run, state: dict[str, Any], folder: Path) -> None:

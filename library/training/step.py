@@ -20,7 +20,9 @@ def objective_loss(run: Run, batch: Batch, place: Place) -> tuple[torch.Tensor, 
     text = run.target.encode_text(batch)
     prediction, wanted, timesteps = predict_and_target(run, latents, text, batch, place)
     losses = per_sample_loss(run, prediction, wanted, timesteps, batch)
-    return run.target.post_process_loss(losses, timesteps).mean(), timesteps
+    losses = run.target.post_process_loss(losses, timesteps)
+    run.log.note_samples(losses, timesteps)
+    return losses.mean(), timesteps
 
 
 def predict_and_target(

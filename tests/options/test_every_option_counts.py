@@ -27,7 +27,7 @@ NOTHING_TO_DO = {
     *("fp8_base", "highvram", "ddp_gradient_as_bucket_view", "ddp_static_graph", "disable_mmap_load_safetensors"),
 }
 # Tunes a feature that is still to come.
-OF_TRAININGS = (r"zero\w+|offload_\w+|fp16_master_weights_and_gradients|valid\w+|max_validation_steps",)
+OF_TRAININGS = (r"zero\w+|offload_\w+|fp16_master_weights_and_gradients",)
 TUNING = {
     "train_network.py": OF_TRAININGS,
     "sdxl_train_network.py": OF_TRAININGS,

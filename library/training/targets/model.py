@@ -131,7 +131,7 @@ class ModelTarget(Target):
             return cached
         model = self.model
         with (
-            torch.set_grad_enabled(self.trains_text),
+            torch.set_grad_enabled(self.trains_text and not self.validating),
             self.autocast() if self.trains_text else contextlib.nullcontext(),
         ):
             if self.weighted_captions:

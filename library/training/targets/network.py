@@ -126,8 +126,9 @@ class NetworkTarget(Target):
                 self.model.unet,
                 batch,
                 self.weight_dtype,
+                **self._is_train("on_step_start"),
             )
-        if self.step_hook is not None:
+        if self.step_hook is not None and not self.validating:
             self.step_hook(self.model.text_encoders[0], self.model.unet)
 
     def _use_multiplier(self, batch: Batch) -> None:
@@ -147,7 +148,7 @@ class NetworkTarget(Target):
         self.multiplier = value
 
     def encode_text(self, batch: Batch) -> Any:
-        with torch.set_grad_enabled(self.trains_text):
+        with torch.set_grad_enabled(self.trains_text and not self.validating):
             if self.weighted_captions:
                 return self.hooks.trainer.weighted_text_cond(batch["captions"], self.weight_dtype)
             return self.hooks.call(
@@ -210,11 +211,32 @@ class NetworkTarget(Target):
                 self.network,
                 self.weight_dtype,
                 self.trains_unet,
+                **self._is_train("get_noise_pred_and_target"),
             )
             losses = per_sample_loss(run, prediction, wanted, timesteps, batch)
             losses = losses if weighting is None else losses * weighting
-            return self.post_process_loss(losses, timesteps).mean(), timesteps
+            losses = self.post_process_loss(losses, timesteps)
+            run.log.note_samples(losses, timesteps)
+            return losses.mean(), timesteps
         return super().compute_loss(run, batch, place)
+
+    def _is_train(self, hook: str) -> dict[str, bool]:
+        """The hook's argument `is_train` of v0.10, where it matters and the hook has it."""
+        return {"is_train": False} if self.validating and "is_train" in self.hooks.names(hook) else {}
+
+    def on_validation_batch_end(self, batch: Batch) -> None:
+        if self.hooks.overridden("on_validation_step_end"):
+            model = self.model
+            self.hooks.call(
+                "on_validation_step_end",
+                self.args,
+                self.accelerator,
+                self.network,
+                model.text_encoders,
+                model.unet,
+                batch,
+                self.weight_dtype,
+            )
 
     def _process_batch_arguments(self, run: Run, batch: Batch) -> tuple[Any, ...]:
         return (
@@ -230,7 +252,7 @@ class NetworkTarget(Target):
             self.args,
             None,  # text encoding strategy of v0.10
             None,  # tokenize strategy of v0.10
-            True,
+            not self.validating,
             self.trains_text,
             self.trains_unet,
         )

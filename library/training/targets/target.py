@@ -32,12 +32,14 @@ class Target(ABC):
         model: the opened base model.
         trains_text: text is encoded with gradients.
         words: words that prompts of sample pictures may name (embeddings).
+        validating: what is asked now is a validation pass, no training step.
     """
 
     family: Family
     model: LoadedModel
     trains_text: bool
     words: Words | None = None
+    validating: bool = False
 
     @abstractmethod
     def parameter_groups(self) -> tuple[list[dict[str, Any]], list[str]]:
@@ -98,6 +100,9 @@ class Target(ABC):
 
     def on_step_start(self, batch: Batch) -> None:
         """A micro-step begins, inside accumulation, before anything else."""
+
+    def on_validation_batch_end(self, batch: Batch) -> None:
+        """A batch of held-out pictures was looked at."""
 
     def on_step_end(self) -> dict[str, Any]:
         """After every micro-step (weight-norm cap); values to log, tensors allowed."""
