@@ -8,8 +8,9 @@ import os
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import safe_open
@@ -20,7 +21,10 @@ from library.data.plan import EpochPlan, PlannedBatch
 from library.data.sample import picture_for_cache
 from library.training.draws import Draws, Place
 from library.training.network_trainer import NetworkTrainer
+from library.training.recipes.embedding import EmbeddingRecipe
+from library.training.recipes.network import NetworkRecipe
 from library.training.sdxl_network_trainer import SdxlNetworkTrainer
+from library.training.textual_inversion_trainer import SdxlTextualInversionTrainer, TextualInversionTrainer
 
 REFERENCE = Path(__file__).parent / "reference"
 # tests/reference/README.md, section 5
@@ -36,6 +40,7 @@ class Comparison:
     case: str
     errors: dict[str, float] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
+    limits: ClassVar[dict[str, float]] = LIMITS
 
     def compare(self, quantity: str, ours: torch.Tensor, recorded: torch.Tensor, what: str) -> None:
         if ours.shape != recorded.shape:
@@ -47,7 +52,7 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        return not self.faults and all(error <= LIMITS.get(name, 1.0) for name, error in self.errors.items())
+        return not self.faults and all(error <= self.limits.get(name, 1.0) for name, error in self.errors.items())
 
     def line(self) -> str:
         errors = "  ".join(f"{name} {error:.1e}" for name, error in sorted(self.errors.items()))
@@ -87,19 +92,28 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a, b)
 
 
-class Comparing(NetworkTrainer):
-    """Compares what passes through the hooks; goes in front of the trainer whose run is replayed."""
+class Watcher:
+    """Compares what passes through a run's target with a trace; `micro` is the micro-step under way."""
 
-    def __init__(self, trace: dict[str, torch.Tensor], pictures: dict[str, torch.Tensor], result: Comparison) -> None:
-        super().__init__()
+    def __init__(self, trace: dict[str, torch.Tensor], result: Comparison) -> None:
         self.trace = trace
-        self.pictures = pictures
         self.result = result
         self.micro = -1
 
-    def on_step_start(self, *arguments: Any, **__: Any) -> None:
+    def compare(self, quantity: str, ours: torch.Tensor, name: str) -> None:
+        key = f"step{self.micro}.{name}"
+        self.result.compare(quantity, ours, self.trace[key], key)
+
+    def attach(self, run: Any) -> None:
+        """Stand between the loop and the run's target, latents and guard."""
+        target = run.target
+        for name in ("on_step_start", "encode_text", "predict", "post_process_loss"):
+            setattr(target, name, partial(getattr(self, name), getattr(target, name)))
+        run.latents = partial(self.latents, run.latents)
+        run.guard.watch = partial(self.guard, run, run.guard.watch)
+
+    def on_step_start(self, own: Any, batch: Any) -> None:
         self.micro += 1
-        batch = arguments[5]
         for name in ("input_ids", "input_ids2", "original_sizes_hw", "crop_top_lefts", "target_sizes_hw"):
             recorded = self.trace.get(f"step{self.micro}.{name}")
             if recorded is not None and not torch.equal(batch[name], recorded):
@@ -107,58 +121,66 @@ class Comparing(NetworkTrainer):
         if f"step{self.micro}.size_embeddings" in self.trace:
             from library.models.sdxl import size_vector
 
-            key = f"step{self.micro}.size_embeddings"
-            self.result.compare("sizes", size_vector(batch, torch.device("cpu")), self.trace[key], key)
+            self.compare("sizes", size_vector(batch, torch.device("cpu")), "size_embeddings")
+        own(batch)
 
-    def assert_extra_args(self, args: Any, train_dataset_group: Any, val_dataset_group: Any = None) -> None:
-        super().assert_extra_args(args, train_dataset_group, val_dataset_group)
-        dataset = train_dataset_group.datasets[0]
-        for item in dataset.items:
-            pixels = picture_for_cache(item, dataset.subsets[item.subset], dataset.settings)
-            self.pictures[item.path] = to_tensor(pixels)
+    def latents(self, own: Any, batch: Any, place: Place) -> torch.Tensor:
+        made = own(batch, place)
+        self.compare("latents", made, "latents")
+        return made
 
-    def get_text_cond(self, *arguments: Any) -> Any:
-        text = super().get_text_cond(*arguments)
-        self._text(text)
-        return text
-
-    def weighted_text_cond(self, captions: list[str], weight_dtype: torch.dtype) -> Any:
-        text = super().weighted_text_cond(captions, weight_dtype)
-        self._text(text)
-        return text
-
-    def _text(self, text: Any) -> None:
+    def encode_text(self, own: Any, batch: Any) -> Any:
+        text = own(batch)
         one = torch.is_tensor(text)
         names = ("text_hidden",) if one else ("text_hidden1", "text_hidden2", "text_pooled")
         for name, tensor in zip(names, [text] if one else text, strict=True):
-            key = f"step{self.micro}.{name}"
-            if key in self.trace:
-                self.result.compare("text", tensor, self.trace[key], key)
+            if f"step{self.micro}.{name}" in self.trace:
+                self.compare("text", tensor, name)
+        return text
 
-    def call_unet(self, args: Any, accelerator: Any, unet: Any, noisy_latents: torch.Tensor, *rest: Any) -> Any:
-        key = f"step{self.micro}.noisy_latents"
-        self.result.compare("noisy_latents", noisy_latents, self.trace[key], key)
-        prediction = super().call_unet(args, accelerator, unet, noisy_latents, *rest)
-        key = f"step{self.micro}.prediction"
-        self.result.compare("prediction", prediction, self.trace[key], key)
+    def predict(self, own: Any, noisy_latents: torch.Tensor, *rest: Any) -> torch.Tensor:
+        self.compare("noisy_latents", noisy_latents, "noisy_latents")
+        prediction = own(noisy_latents, *rest)
+        self.compare("prediction", prediction, "prediction")
         return prediction
 
-    def post_process_loss(self, loss: torch.Tensor, *_: Any) -> torch.Tensor:
-        key = f"step{self.micro}.loss_per_sample_weighted"
-        self.result.compare("loss", loss, self.trace[key], key)
-        self.result.compare("loss", loss.mean().reshape(1), self.trace[f"step{self.micro}.loss"], "loss")
-        return loss
+    def post_process_loss(self, own: Any, losses: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        losses = own(losses, timesteps)
+        self.compare("loss", losses, "loss_per_sample_weighted")
+        self.compare("loss", losses.mean().reshape(1), "loss")
+        return losses
+
+    def guard(self, run: Any, own: Any, losses: Any, norm: torch.Tensor | None, **rest: Any) -> bool:
+        if norm is not None:  # with --max_grad_norm 0 nothing is clipped
+            self.compare("grad_norm", norm.reshape(1), "grad_norm")
+        rates = torch.tensor([group["lr"] for group in run.optimizer.param_groups], dtype=torch.float64)
+        recorded = self.trace[f"step{self.micro}.lr"].double()
+        if not torch.allclose(rates, recorded, rtol=1e-9):
+            self.result.faults.append(f"step {self.micro}: rates {rates.tolist()}, recorded {recorded.tolist()}")
+        return own(losses, norm, **rest)
 
 
-class ReplayTrainer(Comparing):
-    """Of SD 1.x and 2.x."""
+def remember_pictures(recipe: Any, draws: RecordedDraws) -> None:
+    """The pixels of each picture that a cache encodes, so that its recorded draw can be found."""
+    check = recipe.check_group
+
+    def check_group(args: Any, group: Any) -> None:
+        check(args, group)
+        dataset = group.datasets[0]
+        for item in dataset.items:
+            pixels = picture_for_cache(item, dataset.subsets[item.subset], dataset.settings)
+            draws.pictures[item.path] = to_tensor(pixels)
+
+    recipe.check_group = check_group
 
 
-class SdxlReplayTrainer(Comparing, SdxlNetworkTrainer):
-    """Of SDXL."""
-
-
-TRAINERS = {"train_network.py": ReplayTrainer, "sdxl_train_network.py": SdxlReplayTrainer}
+# Script -> (its recipe, the option that names a file to start from).
+RECIPES: dict[str, tuple[Any, str]] = {
+    "train_network.py": (lambda: NetworkRecipe(NetworkTrainer()), "--network_weights"),
+    "sdxl_train_network.py": (lambda: NetworkRecipe(SdxlNetworkTrainer()), "--network_weights"),
+    "train_textual_inversion.py": (lambda: EmbeddingRecipe(TextualInversionTrainer()), "--weights"),
+    "sdxl_train_textual_inversion.py": (lambda: EmbeddingRecipe(SdxlTextualInversionTrainer()), "--weights"),
+}
 
 
 @contextmanager
@@ -198,6 +220,10 @@ def replay_case(folder: Path, model: Path, scratch: Path) -> Comparison:
         scratch: an empty folder to work in.
     """
     case = json.loads((folder / "case.json").read_text(encoding="utf-8"))
+    if case["script"] not in RECIPES:
+        from tests.replay_models import replay_model_case
+
+        return replay_model_case(folder, case, model, scratch)
     result = Comparison(case["case"])
     trace = load_file(folder / "trace.safetensors")
     final = load_file(folder / "final.safetensors")
@@ -215,14 +241,26 @@ def replay_case(folder: Path, model: Path, scratch: Path) -> Comparison:
 def train(case: dict[str, Any], trace: dict[str, torch.Tensor], result: Comparison) -> None:
     from library.options.parser import parse
     from library.training import assemble, loop
-    from library.training.recipes.network import NetworkRecipe
 
+    make_recipe, start_option = RECIPES[case["script"]]
     options = [o for o in case["options"] if o not in ("--tokenizer_cache_dir", "tokenizers")]
-    args = parse(case["script"], [*options, "--network_weights", "initial.safetensors"])
+    args = parse(case["script"], [*options, start_option, "initial.safetensors"])
     places: dict[tuple[int, int], int] = {}
     draws = RecordedDraws(trace, places)
-    trainer = TRAINERS[case["script"]](trace, draws.pictures, result)
-    run = trainer.run = assemble.build_run(NetworkRecipe(trainer), args, draws=draws)
+    recipe = make_recipe()
+    remember_pictures(recipe, draws)
+    run = assemble.build_run(recipe, args, draws=draws)
+    if hasattr(recipe, "trainer"):
+        recipe.trainer.run = run
+    feed_recorded_batches(run, case, places)
+    watcher = Watcher(trace, result)
+    inject_ranks(case, run, watcher)
+    watcher.attach(run)
+    loop.train(run)
+
+
+def feed_recorded_batches(run: Any, case: dict[str, Any], places: dict[tuple[int, int], int]) -> None:
+    """The recorded batches in the recorded order; `places` learns which place in the run each micro-step has."""
     dataset = run.feed.group.datasets[0]
     numbers = {item.path: index for index, item in enumerate(dataset.items)}
     plans: dict[int, EpochPlan] = {}
@@ -237,41 +275,13 @@ def train(case: dict[str, Any], trace: dict[str, torch.Tensor], result: Comparis
             micro += 1
         plans[number] = EpochPlan(epoch=number, seed=0, batches=(tuple(batches),))
     run.feed.plan = plans.__getitem__
-    inject_ranks(case, run, trace)
-    watch(run, trace, result)
-    loop.train(run)
 
 
-def inject_ranks(case: dict[str, Any], run: Any, trace: dict[str, torch.Tensor]) -> None:
+def inject_ranks(case: dict[str, Any], run: Any, watcher: Watcher) -> None:
     """The recorded draws of DyLoRA modules in place of their own."""
     for index, name in enumerate(case.get("dylora_modules", ())):
         module = run.target.network.get_submodule(name)
-        module.draw = lambda index=index: int(trace[f"step{run.target.hooks.trainer.micro}.dylora_rank"][index])
-
-
-def watch(run: Any, trace: dict[str, torch.Tensor], result: Comparison) -> None:
-    """Compare latents, gradient norms and rates, which pass through no hook."""
-    encode = run.latents
-
-    def latents(batch: Any, place: Place) -> torch.Tensor:
-        made = encode(batch, place)
-        step = run.draws.steps[place.epoch, place.micro]
-        result.compare("latents", made, trace[f"step{step}.latents"], f"step{step}.latents")
-        return made
-
-    run.latents = latents
-    guard_watch = run.guard.watch
-
-    def guard(losses: Any, norm: torch.Tensor | None, **rest: Any) -> bool:
-        step = run.target.hooks.trainer.micro
-        if norm is not None:  # with --max_grad_norm 0 nothing is clipped
-            result.compare("grad_norm", norm.reshape(1), trace[f"step{step}.grad_norm"], f"step{step}.grad_norm")
-        rates = torch.tensor([group["lr"] for group in run.optimizer.param_groups], dtype=torch.float64)
-        if not torch.allclose(rates, trace[f"step{step}.lr"].double(), rtol=1e-9):
-            result.faults.append(f"step {step}: rates {rates.tolist()}, recorded {trace[f'step{step}.lr'].tolist()}")
-        return guard_watch(losses, norm, **rest)
-
-    run.guard.watch = guard
+        module.draw = lambda index=index: int(watcher.trace[f"step{watcher.micro}.dylora_rank"][index])
 
 
 def compare_files(
@@ -319,6 +329,12 @@ NEW_METADATA = {
         "ss_max_validation_steps",
         "ss_noise_offset_random_strength",
     ),
-    *("ss_num_validation_images", "ss_resize_interpolation", "ss_validate_every_n_epochs", "ss_validate_every_n_steps"),
-    *("ss_validation_seed", "ss_validation_split"),
+    *(
+        "ss_dataset_manifest_hash",
+        "ss_num_validation_images",
+        "ss_resize_interpolation",
+        "ss_validate_every_n_epochs",
+        "ss_validate_every_n_steps",
+    ),
+    *("ss_validation_seed", "ss_validation_split", "modelspec.hash_sha256"),
 }

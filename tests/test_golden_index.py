@@ -28,8 +28,6 @@ LATER = {
     "networks_lora_hypernetwork.safetensors": "picture passes besides text to image",
     "tools_upscaler*": "picture passes besides text to image",
     **dict.fromkeys((f"tools_{name}*" for name in DATA_TOOLS), "data tools"),
-    "embeddings_init.json": "embeddings",
-    "embeddings_training*": "embeddings",
 }
 
 
