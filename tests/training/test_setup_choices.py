@@ -72,8 +72,10 @@ def test_the_network_has_the_strength_of_the_data_set_and_is_whole_between_steps
     for strength in (1.0, 0.5, 0.5, 2.0):
         target.on_step_start({"network_multipliers": torch.full((2,), strength)})
         target.on_step_end()
+    target.on_step_start({"network_multipliers": torch.full((2,), 3.0)})
+    target.on_validation_batch_end({})
     target.on_step_start({})
-    assert network.strengths == [0.5, 1.0, 0.5, 1.0, 2.0, 1.0]
+    assert network.strengths == [0.5, 1.0, 0.5, 1.0, 2.0, 1.0, 3.0, 1.0]
     with pytest.raises(UserError, match="mixes"):
         target.on_step_start({"network_multipliers": torch.tensor([1.0, 0.5])})
     with pytest.raises(UserError, match="network_multiplier"):

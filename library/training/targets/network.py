@@ -237,6 +237,7 @@ class NetworkTarget(Target):
                 batch,
                 self.weight_dtype,
             )
+        self._set_multiplier(1.0)
 
     def _process_batch_arguments(self, run: Run, batch: Batch) -> tuple[Any, ...]:
         return (
