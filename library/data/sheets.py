@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # What of a place that a mask leaves out is still shown, and the colour that is laid over it.
 MASKED_SHARE = 0.25
 MASK_COLOUR = (200, 40, 140)
-GROUND, INK, QUIET = (250, 250, 249), (29, 33, 38), (100, 108, 116)
+GROUND, INK, QUIET, RULE = (250, 250, 249), (29, 33, 38), (100, 108, 116), (217, 221, 225)
 CELL = 240
 TEXT_HEIGHT = 62
 MARGIN = 12
@@ -117,7 +117,9 @@ def contact_sheet(cells: Sequence[Cell], title: str) -> Image.Image:
     for index, (cell, tile, text) in enumerate(tiles):
         left = MARGIN + index % columns * (CELL + MARGIN)
         top = 2 * MARGIN + 16 + index // columns * row_height
-        sheet.paste(tile, (left + (CELL - tile.width) // 2, top + (CELL - tile.height) // 2))
+        x, y = left + (CELL - tile.width) // 2, top + (CELL - tile.height) // 2
+        sheet.paste(tile, (x, y))
+        draw.rectangle((x - 1, y - 1, x + tile.width, y + tile.height), outline=RULE)
         draw.text((left, top + CELL + 3), _plain(name_of(cell))[:CAPTION_WIDTH], QUIET)
         draw.multiline_text((left, top + CELL + 15), _plain(text), INK, spacing=2)
     return sheet
