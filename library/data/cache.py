@@ -37,6 +37,7 @@ from library.data.latents_file import (
     source_state,
     write_latents,
 )
+from library.data.picture_check import UnreadableFiles
 from library.messages import UserError, log
 from library.runtime.files import check_room
 
@@ -124,14 +125,18 @@ def cache_latents(
         what was done; with several processes the first one's report counts for all, the others count their shares.
 
     Raises:
-        UserError: latents cannot be cached with these settings, are not finite, or a file cannot be written.
+        UserError: latents cannot be cached with these settings, are not finite, pictures cannot be read (all others
+            are cached then), or a file cannot be written.
     """
     members = [dataset for dataset in datasets if isinstance(dataset, Dataset)]
     require_fixed_pictures(members)
-    cacher = Cacher(encode, encode_exact, batch_size, readers or min(8, os.cpu_count() or 1))
+    bad: list[UserError] = []
+    cacher = Cacher(
+        encode, encode_exact, batch_size, readers or min(8, os.cpu_count() or 1), lambda task, error: bad.append(error)
+    )
     same_stems = collect_tasks(members, family=family, vae=vae, dtype=dtype)
     if not to_disk:
-        return _cache_in_memory(members, [task for tasks in same_stems for task in tasks], cacher)
+        return _cache_in_memory(members, [task for tasks in same_stems for task in tasks], cacher, bad)
     report = CacheReport()
     share = Share(rank, processes, wait)
     moved, due = [], []
@@ -151,6 +156,7 @@ def cache_latents(
     own = share.own(due)
     require_room(own)
     cacher.run(own, lambda task, entry, state: write_latents(task.path, entry, key_text(task.wanted, state)))
+    _refuse_bad(bad)
     share.wait()
     mine = set(map(id, own))
     _require_made((task for task in due if id(task) not in mine), skip_check)
@@ -230,9 +236,20 @@ def remove_leftovers(files: Iterable[str]) -> int:
     return removed
 
 
-def _cache_in_memory(datasets: Sequence[Dataset], tasks: Sequence[Task], cacher: Cacher) -> CacheReport:
+def _refuse_bad(bad: Sequence[UserError]) -> None:
+    """Stop after the work where pictures could not be read; all of them are named."""
+    if len(bad) == 1:
+        raise bad[0]
+    if bad:
+        raise UnreadableFiles.of([error.problem.removeprefix("cannot read picture ") for error in bad])
+
+
+def _cache_in_memory(
+    datasets: Sequence[Dataset], tasks: Sequence[Task], cacher: Cacher, bad: Sequence[UserError]
+) -> CacheReport:
     entries: dict[int, CachedLatents] = {}
     cacher.run(tasks, lambda task, entry, state: entries.__setitem__(id(task), entry))
+    _refuse_bad(bad)
     for dataset in datasets:
         dataset.memory_latents = [None for _ in dataset.items]
     for batch in encoding_batches(tasks, len(tasks) or 1):

@@ -90,7 +90,9 @@ def _open_data(options: Resolved, chosen: Family) -> Any:
         log.info("without effect on caches: %s", ", ".join(f"--{name}" for name in idle))
     model = options.model
     tokenizers = chosen.load_tokenizers(model.v2, model.tokenizer_cache_dir, model.max_token_length)
-    group = data_setup.build_data(options, SUPPORT[options.script], tokenizers, options.loop.seed or 0)
+    # whoever encodes the pictures finds those that cannot be read; captions need none
+    as_cached = options.replace(cache_latents=True)
+    group = data_setup.build_data(as_cached, SUPPORT[options.script], tokenizers, options.loop.seed or 0)
     if options.dataset.debug_dataset:
         debug_dataset(group, folder=Path(options.saving.output_dir or ".") / DEBUG_FOLDER)
         return None
