@@ -62,6 +62,8 @@ def bucket_sizes(base: Size, smallest: int, largest: int, step: int) -> list[Siz
     square = int(math.sqrt(area)) * step
     sizes = {(square, square)}
     for width in range(smallest, largest + 1, step):
+        if width // step > area:  # from here on no height is left
+            break
         height = min(largest, (area // (width // step)) * step)
         sizes |= {(width, height), (height, width)}
     sizes = {size for size in sizes if min(size) > 0}

@@ -72,11 +72,14 @@ def refusal(path: str | os.PathLike[str], problems: Sequence[Problem]) -> UserEr
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})", "save it as UTF-8") from error
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror})", "check the file and its permissions") from error
+    if "\0" in text:
+        raise UserError(f"{path} holds zero bytes, it is no UTF-8 text", "save it as UTF-8")
+    return text
 
 
 def _syntax_remedy(text: str, suffix: str) -> str:

@@ -84,7 +84,8 @@ def _is_pair(value: Any, kind: type) -> bool:
 BOOL = Rule("true or false", lambda value: isinstance(value, bool))
 INT = Rule("a whole number", _is_integer)
 NUMBER = Rule("a number", lambda value: isinstance(value, (int, float)))
-TEXT = Rule("a text in quotes", lambda value: isinstance(value, str))
+# a zero byte ends names where the system reads them
+TEXT = Rule("a text in quotes", lambda value: isinstance(value, str) and "\0" not in value)
 TABLE = Rule("a table", lambda value: isinstance(value, Mapping))
 RESOLUTION = Rule(
     "a whole number or a list of two, [width, height]", lambda value: _is_integer(value) or _is_pair(value, int)
@@ -287,8 +288,17 @@ def _unknown(key: str, keys: Mapping[str, Rule], support: Support, place: str) -
         return f"is not allowed in {place}: put it into [general], [[datasets]] or [[datasets.subsets]]"
     if key in {*DROPOUT_KEYS, *subset_only, *(name for kind in SHARED_KEYS.values() for name in kind)}:
         return f"is not allowed in {place}: this script or this kind of data set does not use it"
-    similar = nearest(key, keys, 1)
+    similar = nearest(key, {*keys, *_meant(place, support)}, 1)
     return f"unknown key in {place}" + (f", did you mean {similar[0]}?" if similar else "")
+
+
+def _meant(place: str, support: Support) -> set[str]:
+    """Keys that are not looked up as others are, or make a data set one of another kind, and may be misspelled."""
+    if place == "[[datasets]]":
+        return {"subsets"}
+    if place == "[[datasets.subsets]]":
+        return {key for kind in support.kinds for key in own_keys(support, kind)}
+    return set()
 
 
 def _shown(value: Any) -> str:

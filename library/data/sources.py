@@ -21,6 +21,12 @@ from library.data.validation import hold_out
 from library.messages import UserError, some
 
 
+# The largest picture that a JPEG file can hold.
+LARGEST_SIDE = 65535
+# An epoch's plan names every repeat, so it must fit into memory.
+MOST_REPEATS = 1_000_000
+
+
 def scan_all(
     datasets: Sequence[DatasetSettings], *, seed: int = 0, skip_broken: bool = False, check_pixels: bool | None = None
 ) -> list[ScanResult]:
@@ -220,6 +226,13 @@ def balance(pictures: Sequence[Item], target: int) -> list[Item]:
 
 
 def _check(settings: DatasetSettings) -> None:
+    if settings.resolution is not None and not all(1 <= side <= LARGEST_SIDE for side in settings.resolution):
+        width, height = settings.resolution
+        raise UserError(f"resolution is {width}x{height}", f"its sides must lie between 1 and {LARGEST_SIDE} pixels")
+    for subset in settings.subsets:
+        if subset.num_repeats > MOST_REPEATS:
+            source = subset.metadata_file or subset.image_dir
+            raise UserError(f"num_repeats of {source} is {subset.num_repeats}", f"give {MOST_REPEATS} at most")
     if settings.batch_size < 1:
         raise UserError(f"batch_size is {settings.batch_size}", "it must be 1 or more")
     for subset in settings.subsets if settings.kind == "controlnet" else ():
