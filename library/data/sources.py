@@ -20,7 +20,6 @@ from library.data.records import DatasetSettings, Found, Item, ScanResult, Subse
 from library.data.validation import hold_out
 from library.messages import UserError, some
 
-
 # The largest picture that a JPEG file can hold.
 LARGEST_SIDE = 65535
 # An epoch's plan names every repeat, so it must fit into memory.
