@@ -65,9 +65,16 @@ def _classic_folders(options: Resolved) -> bool:
     return options.dataset.dataset_config is None
 
 
+def _takes_pairs(options: Resolved) -> bool:
+    """Whether the script trains on conditioning pictures (ControlNet and its relatives)."""
+    return "control" in options.script
+
+
 NEEDS: tuple[Need, ...] = (
     Need(("train_data_dir", "reg_data_dir", "in_json"), _classic_folders, "--dataset_config replaces it"),
     Need(("dataset_repeats",), _given("in_json", "dataset_config"), "needs --in_json"),
+    Need(("reg_data_dir", "caption_extension"), lambda options: not options.value("in_json"),
+         "the pictures and captions are those of --in_json"),
     Need(("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale"),
          _given("enable_bucket", "dataset_config"), "needs --enable_bucket"),
     Need(("keep_tokens",), _given("shuffle_caption", "caption_tag_dropout_rate", "token_warmup_step", "dataset_config"),
@@ -79,7 +86,8 @@ NEEDS: tuple[Need, ...] = (
     Need(("caption_dropout_every_n_epochs",), lambda options: not options.value("cache_text_encoder_outputs"),
          "the encoded captions are cached"),
     Need(("prior_loss_weight",), _given("reg_data_dir", "dataset_config"), "needs --reg_data_dir"),
-    Need(("conditioning_data_dir",), _given("masked_loss"), "needs --masked_loss"),
+    Need(("conditioning_data_dir",), lambda options: bool(options.value("masked_loss")) or _takes_pairs(options),
+         "needs --masked_loss"),
     Need(("validation_seed", "max_validation_steps", "validate_every_n_steps", "validate_every_n_epochs"),
          _given("validation_split", "dataset_config"), "needs --validation_split"),
     Need(("use_style_template",), lambda options: not options.embedding.use_object_template,
