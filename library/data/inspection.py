@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from library.data.buckets import Size
@@ -19,21 +19,13 @@ from library.data.cache_state import CacheState, Holdings, cache_state
 from library.data.dataset import Dataset
 from library.data.duplicates import Look, exact_groups, look_at_all, similar_groups
 from library.data.group import DatasetGroup
-from library.data.listing import list_folder
+from library.data.inspection_captions import CountTokens, caption_facts
+from library.data.inspection_problems import MUCH_LOST, problems_of
 from library.data.manifest import manifest_hash
 from library.data.pairs import uses_masks
-from library.data.picture_folder import caption_finder, caption_suffix
-from library.data.records import Item, ScanResult, SubsetSettings
+from library.data.records import Item, ScanResult
 from library.data.sample import fits_without_buckets
 from library.messages import Progress
-
-CountTokens = Callable[[Sequence[str]], list[int]]
-# Tokens that one, two and three chunks of a text encoder hold.
-CHUNK_ENDS = (75, 150, 225)
-# Sides grown by more than this are worth a warning.
-STRONGLY = 2.0
-# Captions named as the longest.
-LONGEST = 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +68,8 @@ def inspect(
         read_pictures: read every picture: duplicates and files that break off are found.
     """
     items = [item for dataset in group.datasets for item in dataset.items]
-    looks = _look(items) if read_pictures else None
+    held_out = [item for scan in scans for item in scan.validation]
+    looks = _look([*items, *held_out]) if read_pictures else None
     described = [_dataset(dataset, scan, run) for dataset, scan in zip(group.datasets, scans, strict=True)]
     states = cache_state(group.datasets, run.family)
     for facts, dataset, state in zip(described, group.datasets, states, strict=True):
@@ -88,11 +81,11 @@ def inspect(
         "manifest_hash": manifest_hash(items),
         "pictures": len({item.path for item in items}),
         "uses": sum(item.repeats for item in items),
-        "validation_pictures": sum(len(scan.validation) for scan in scans),
+        "validation_pictures": len(held_out),
         "steps": _steps(described, run),
         "datasets": described,
-        "captions": _captions(group, scans, count_tokens),
-        "files": _files(scans, looks),
+        "captions": caption_facts(group, scans, count_tokens),
+        "files": _files(scans, looks, {item.path for item in held_out}),
         "notes": [note for scan in scans for note in scan.notes],
     }
     facts["problems"] = problems_of(facts)
@@ -115,6 +108,7 @@ def _dataset(dataset: Dataset, scan: ScanResult, run: Run) -> dict[str, Any]:
         "mean_aspect_error": dataset.buckets.mean_ratio_error,
         "too_small": [_sized(item) for item in scan.items if id(item) not in kept],
         "enlarged": _enlarged(dataset),
+        "cropped": _cropped(dataset),
         "wrong_size": [] if settings.enable_bucket or run.caches_latents else _wrong_sizes(dataset),
         "validation_pictures": len(scan.validation),
     }
@@ -207,6 +201,19 @@ def _enlarged(dataset: Dataset) -> list[dict[str, Any]]:
     return [{**_sized(item), "resized": item.resized, "factor": round(growth, 3)} for growth, item in grown]
 
 
+def _cropped(dataset: Dataset) -> list[dict[str, Any]]:
+    """Pictures of which the crop leaves much less, with the share that is lost."""
+    cut = [(lost, item) for item in dataset.items if (lost := _lost(item)) > MUCH_LOST]
+    cut.sort(key=lambda pair: -pair[0])
+    return [{**_sized(item), "bucket": item.bucket, "lost": round(lost, 3)} for lost, item in cut]
+
+
+def _lost(item: Item) -> float:
+    if item.bucket is None or item.resized is None:
+        return 0.0
+    return 1 - item.bucket[0] * item.bucket[1] / (item.resized[0] * item.resized[1])
+
+
 def _sized(item: Item) -> dict[str, Any]:
     return {"path": item.path, "size": item.size}
 
@@ -259,72 +266,6 @@ def _steps(datasets: Sequence[dict[str, Any]], run: Run) -> dict[str, Any]:
     }
 
 
-def _captions(group: DatasetGroup, scans: Sequence[ScanResult], count_tokens: CountTokens | None) -> dict[str, Any]:
-    tags: Counter[str] = Counter()
-    for scan in scans:
-        for counts in scan.tag_frequency.values():
-            tags.update(counts)
-    missing, orphans = _caption_files(group)
-    items = [(dataset, item) for dataset in group.datasets for item in dataset.items]
-    empty = [item.path for dataset, item in items if not dataset.fixed_caption(item).strip()]
-    return {
-        "tags": dict(sorted(tags.items(), key=lambda pair: (-pair[1], pair[0]))),
-        "missing": missing,
-        "orphans": orphans,
-        "empty": empty,
-        "tokens": None if count_tokens is None else _tokens(items, count_tokens),
-    }
-
-
-def _caption_files(group: DatasetGroup) -> tuple[list[str], list[str]]:
-    """Pictures without a caption file, and caption files without a picture, in folders that have caption files."""
-    missing: list[str] = []
-    orphans: list[str] = []
-    seen: set[tuple[str, str]] = set()
-    for subset in (subset for dataset in group.with_validation for subset in dataset.subsets):
-        if subset.metadata_file or subset.image_dir is None or (subset.image_dir, subset.caption_extension) in seen:
-            continue
-        seen.add((subset.image_dir, subset.caption_extension))
-        try:
-            without, alone = _caption_files_of(subset)
-        except OSError:  # said in the notes of the scan
-            continue
-        missing += without
-        orphans += alone
-    return missing, orphans
-
-
-def _caption_files_of(subset: SubsetSettings) -> tuple[list[str], list[str]]:
-    folder = str(subset.image_dir)
-    listing = list_folder(folder)
-    find = caption_finder(subset, listing)
-    partners = {name: find(name) for name in listing.pictures}
-    suffix = os.path.normcase(caption_suffix(subset))
-    texts = {name for name in listing.others if os.path.normcase(name).endswith(suffix)}
-    without = [os.path.join(folder, name) for name, text in partners.items() if text is None]
-    return without, [os.path.join(folder, name) for name in sorted(texts - {*partners.values()})]
-
-
-def _tokens(items: Sequence[tuple[Dataset, Item]], count_tokens: CountTokens) -> dict[str, Any]:
-    """Tokens of the captions as they are without chance, a picture each once."""
-    texts = [dataset.fixed_caption(item) for dataset, item in items]
-    limits = [dataset.settings.max_token_length or CHUNK_ENDS[0] for dataset, _ in items]
-    unique = list(dict.fromkeys(texts))
-    counted = dict(zip(unique, count_tokens(unique), strict=True))
-    lengths = [counted[text] for text in texts]
-    ranked = sorted(range(len(texts)), key=lambda i: -lengths[i])[:LONGEST]
-    return {
-        "limits": sorted(set(limits)),
-        "cut": sum(length > limit for length, limit in zip(lengths, limits, strict=True)),
-        "over": {str(end): sum(length > end for length in lengths) for end in CHUNK_ENDS},
-        "lengths": {str(length): count for length, count in sorted(Counter(lengths).items())},
-        "longest": [
-            {"path": items[i][1].path, "tokens": lengths[i], "cut": lengths[i] > limits[i], "caption": texts[i]}
-            for i in ranked
-        ],
-    }
-
-
 def _look(items: Sequence[Item]) -> dict[str, Look]:
     """Every picture file, read once."""
     paths = list(dict.fromkeys(item.path for item in items if not item.path.endswith(".npz")))
@@ -332,18 +273,20 @@ def _look(items: Sequence[Item]) -> dict[str, Look]:
         return dict(zip(paths, look_at_all(paths, progress.update), strict=True))
 
 
-def _files(scans: Sequence[ScanResult], looks: dict[str, Look] | None) -> dict[str, Any]:
-    """Unreadable files and duplicates; the latter are None where the pictures were not read."""
+def _files(scans: Sequence[ScanResult], looks: dict[str, Look] | None, held_out: set[str]) -> dict[str, Any]:
+    """Unreadable files and duplicates; the latter are None where the pictures were not read.
+
+    Groups with held-out pictures beside others stand in `leaks` too: their validation loss says nothing.
+    """
     broken = [text for scan in scans for text in scan.broken]
     if looks is None:
-        return {"unreadable": broken, "duplicates": None, "similar": None}
+        return {"unreadable": broken, "duplicates": None, "similar": None, "leaks": None}
     paths, seen = list(looks), list(looks.values())
     broken += [f"{path} ({look.error})" for path, look in looks.items() if look.error]
-    return {
-        "unreadable": broken,
-        "duplicates": [[paths[i] for i in group] for group in exact_groups(seen)],
-        "similar": [[paths[i] for i in group] for group in similar_groups(seen)],
-    }
+    exact = [[paths[i] for i in group] for group in exact_groups(seen)]
+    similar = [[paths[i] for i in group] for group in similar_groups(seen)]
+    leaks = [group for group in exact + similar if 0 < len(held_out.intersection(group)) < len(group)]
+    return {"unreadable": broken, "duplicates": exact, "similar": similar, "leaks": leaks}
 
 
 def _masks(dataset: Dataset, looks: dict[str, Look] | None) -> dict[str, Any] | None:
@@ -378,50 +321,6 @@ def _holdings(holdings: Holdings | None) -> dict[str, Any] | None:
         "bytes_on_disk": holdings.bytes_on_disk,
         "bytes_needed": holdings.bytes_needed,
     }
-
-
-def problems_of(facts: dict[str, Any]) -> list[dict[str, str]]:
-    """What to look at first: level (`error`, `warning` or `info`) and a line of text, the worst first."""
-    found: list[tuple[str, str]] = []
-
-    def add(level: str, count: int, what: str, remedy: str = "") -> None:
-        if count:
-            found.append((level, f"{what}: {count:,}{f' ({remedy})' if remedy else ''}"))
-
-    files, captions = facts["files"], facts["captions"]
-    add(
-        "error", len(files["unreadable"]), "files that cannot be read", "replace or remove them, or --on_bad_image skip"
-    )
-    for one in facts["datasets"]:
-        add("error", len(one["wrong_size"]), "pictures that do not have the training size", "use --enable_bucket")
-        add("warning", len(one["too_small"]), "pictures left out, smaller than bucket_reso_steps")
-        strongly = sum(entry["factor"] > STRONGLY for entry in one["enlarged"])
-        add(
-            "warning", strongly, f"pictures enlarged more than {STRONGLY:g} times", "use larger ones, or leave them out"
-        )
-        reg = one["regularisation"]
-        unused = reg["pictures_found"] - reg["pictures_used"] if reg else 0
-        add(
-            "warning",
-            unused,
-            "regularisation pictures not used",
-            "there are more uses of them than of training pictures",
-        )
-        masks = one["masks"]
-        if masks and masks["alpha_asked"] and masks["alpha_found"] == 0:
-            found.append(("warning", "alpha_mask is on, but no picture has transparent places: the masks do nothing"))
-    if not facts["uses"]:
-        found.append(("error", "no pictures to train on"))
-    add("warning", len(captions["missing"]), "pictures without a caption file")
-    add("warning", len(captions["orphans"]), "caption files without a picture")
-    add("info", len(captions["empty"]), "pictures with an empty caption")
-    if captions["tokens"]:
-        limits = " or ".join(map(str, captions["tokens"]["limits"]))
-        add("warning", captions["tokens"]["cut"], f"captions longer than {limits} tokens", "their ends are cut off")
-    add("warning", len(files["duplicates"] or ()), "the same file more than once", "they count more than others")
-    add("warning", len(files["similar"] or ()), "pictures that look the same", "they count more than others")
-    order = {"error": 0, "warning": 1, "info": 2}
-    return [{"level": level, "text": text} for level, text in sorted(found, key=lambda pair: order[pair[0]])]
 
 
 def size_text(size: Size | None) -> str:

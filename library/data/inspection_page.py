@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from library.data import inspection_text as texts
-from library.data.inspection import CHUNK_ENDS, size_text
+from library.data.inspection import size_text
+from library.data.inspection_captions import CHUNK_ENDS
 from library.data.plan import PlannedBatch
 from library.data.sheets import Cell, cells_of, side_by_side
 from library.messages import UserError
@@ -239,6 +240,7 @@ def _captions(page: Page, captions: dict[str, Any]) -> None:
         _tokens(page, tokens)
     for name, heading, text in (
         ("missing", "Pictures without a caption file", "They are trained with the class tokens, or with nothing."),
+        ("by_class_tokens", "Pictures with the class tokens as caption", "Their folders have no caption files."),
         (
             "orphans",
             "Caption files without a picture",
@@ -299,6 +301,11 @@ def _files(page: Page, facts: dict[str, Any]) -> None:
                 [[e["path"], size_text(e["size"]), size_text(e["resized"]), e["factor"]] for e in enlarged],
                 limit=ROWS,
             )
+        cropped = dataset["cropped"]
+        if cropped:
+            page.subsection(f"Data set {number}: {len(cropped):,} pictures lose much to the crop")
+            rows = [[e["path"], size_text(e["size"]), size_text(e["bucket"]), f"{e['lost']:.0%}"] for e in cropped]
+            page.table(["picture", "size", "trained at", "lost"], rows, limit=ROWS)
         for name, heading in (("too_small", "left out, too small"), ("wrong_size", "not of the training size")):
             if dataset[name]:
                 page.subsection(f"Data set {number}: {len(dataset[name]):,} pictures are {heading}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from library.data.inspection import CHUNK_ENDS, size_text
+from library.data.inspection import size_text
+from library.data.inspection_captions import CHUNK_ENDS
 from library.runtime.files import format_bytes
 
 SHOWN = 5
@@ -110,6 +111,7 @@ def caption_lines(captions: dict[str, Any]) -> Iterator[str]:
         yield f"tokens: longest {longest}; captions {over}; {tokens['cut']:,} are cut at {_or(tokens['limits'])}"
     for name, text in (
         ("missing", "without a caption file"),
+        ("by_class_tokens", "captioned by their class tokens"),
         ("orphans", "caption file without a picture"),
         ("empty", "empty caption"),
     ):
@@ -128,7 +130,11 @@ def file_lines(files: dict[str, Any]) -> Iterator[str]:
     if files["duplicates"] is None:
         yield "not read: duplicates and files that break off were not looked for (--no_duplicates)"
         return
-    for name, text in (("duplicates", "the same file more than once"), ("similar", "pictures that look the same")):
+    for name, text in (
+        ("duplicates", "the same file more than once"),
+        ("similar", "pictures that look the same"),
+        ("leaks", "held out and trained on too"),
+    ):
         groups = files[name]
         if groups:
             yield f"{text}: {len(groups):,} times ({some([' = '.join(group) for group in groups])})"

@@ -16,13 +16,16 @@ from library.data.inspection_text import lines_of
 from library.data.plan import batches_per_epoch
 from library.data.support import SUPPORT
 from library.messages import UserError
-from library.options.parser import parse
+from library.options.parser import parse, resolve
 from library.options.scripts import SCRIPTS
 from library.training.data_inspection import inspect_options, training_options
+from library.training.data_metadata import manifest_metadata
+from library.training.data_setup import build_data
 from tests.test_page import Reader
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = "tools/inspect_dataset.py"
+SHAPES = ((128, 128), (192, 96), (96, 192))
 
 
 def drawing(seed: int, size: tuple[int, int]) -> Image.Image:
@@ -42,7 +45,7 @@ def data(tmp_path: Path) -> Path:
     for folder in (cats, reg, cut):
         folder.mkdir()
     for i in range(12):
-        drawing(i, ((128, 128), (192, 96), (96, 192))[i % 3]).save(cats / f"{i:02d}.png")
+        drawing(i, SHAPES[i % 3]).save(cats / f"{i:02d}.png")
         (cats / f"{i:02d}.txt").write_text(f"cat, tag{i % 2}", encoding="utf-8")
     for i in range(3):
         drawing(100 + i, (128, 128)).save(reg / f"r{i}.png")
@@ -59,6 +62,7 @@ enable_bucket = true
 resolution = 128
 batch_size = 3
 min_bucket_reso = 64
+bucket_reso_steps = 32
 max_bucket_reso = 256
   [[datasets.subsets]]
   image_dir = '{cats}'
@@ -71,6 +75,7 @@ max_bucket_reso = 256
 [[datasets]]
 resolution = 128
 min_bucket_reso = 64
+bucket_reso_steps = 32
 max_bucket_reso = 256
   [[datasets.subsets]]
   image_dir = '{cut}'
@@ -91,10 +96,12 @@ def texts(facts: dict) -> set[str]:
     return {problem["text"].partition(":")[0] for problem in facts["problems"]}
 
 
-def test_a_good_data_set_has_no_problems_but_uncaptioned_regularisation(data):
+def test_a_good_data_set_has_no_problems(data):
     facts, _ = report(data)
-    assert texts(facts) == {"pictures without a caption file"}
-    assert [Path(path).name for path in facts["captions"]["missing"]] == ["r0.png", "r1.png", "r2.png"]
+    assert facts["problems"] == [
+        {"level": "info", "text": "pictures with the class tokens as caption: 3 (no caption files there)"}
+    ]
+    assert [Path(path).name for path in facts["captions"]["by_class_tokens"]] == ["r0.png", "r1.png", "r2.png"]
     first = facts["datasets"][0]
     assert [(s["pictures_used"], s["uses"]) for s in first["subsets"]] == [(12, 24), (3, 24)]
     assert first["subsets"][1]["repeats_used"] == [8, 8]
@@ -140,6 +147,9 @@ def plant(data: Path) -> dict[str, str]:
     (cats / "tiny.txt").write_text("cat " * 80, encoding="utf-8")
     (cats / "blank.txt").write_text("\n", encoding="utf-8")
     drawing(51, (128, 128)).save(cats / "blank.png")
+    drawing(52, (128, 128)).save(cats / "bare.png")
+    drawing(53, (512, 64)).save(cats / "slim.png")
+    (cats / "slim.txt").write_text("cat", encoding="utf-8")
     return {
         "files that cannot be read": "text.png short.png",
         "caption files without a picture": "lost.txt",
@@ -148,13 +158,15 @@ def plant(data: Path) -> dict[str, str]:
         "pictures enlarged more than 2 times": "tiny.png",
         "captions longer than 75 tokens": "tiny.png",
         "pictures with an empty caption": "blank.png",
+        "pictures without a caption file": "bare.png",
+        "pictures that lose more than 25% to the crop": "slim.png",
     }
 
 
 def test_every_planted_fault_is_named(data):
     planted = plant(data)
     facts, _ = report(data)
-    assert texts(facts) == {*planted, "pictures without a caption file"}
+    assert texts(facts) == {*planted, "pictures with the class tokens as caption"}
     files, captions = facts["files"], facts["captions"]
     found = {
         "files that cannot be read": {Path(text.split(" (")[0]).name for text in files["unreadable"]},
@@ -167,7 +179,11 @@ def test_every_planted_fault_is_named(data):
         "captions longer than 75 tokens": {
             Path(entry["path"]).name for entry in captions["tokens"]["longest"] if entry["cut"]
         },
-        "pictures with an empty caption": {Path(path).name for path in captions["empty"]},
+        "pictures with an empty caption": {Path(path).name for path in captions["empty"]} - {"bare.png"},
+        "pictures without a caption file": {Path(path).name for path in captions["missing"]},
+        "pictures that lose more than 25% to the crop": {
+            Path(entry["path"]).name for entry in facts["datasets"][0]["cropped"]
+        },
     }
     assert found == {problem: set(names.split()) for problem, names in planted.items()}
     quick, _ = report(data, read_pictures=False)
@@ -194,6 +210,56 @@ def test_page_and_lines_tell_the_same(data):
     assert buckets < len(reader.all("img")) <= 2 * buckets + 4
     assert "masked.png (masked)" in reader.text and "(mirrored" in reader.text
     assert "half of the time mirrored" in reader.text
+
+
+def test_kinds_and_held_out_pictures(data):
+    """A metadata file whose pictures are partly held out, and masks from a folder."""
+    masks, many = data / "masks", data / "many"
+    for folder in (masks, many):
+        folder.mkdir()
+    for i in range(12):
+        Image.new("L", SHAPES[i % 3], 255).save(masks / f"{i:02d}.png")
+    entries = {}
+    for i in range(8):
+        drawing(300 + i // 2, (128, 128)).save(many / f"{i}.png")  # each twice
+        entries[str(i)] = {"caption": ["short", "a longer caption of more words"], "tags": "red"}
+    (data / "meta.json").write_text(json.dumps(entries), encoding="utf-8")
+    (data / "data.toml").write_text(
+        f"""
+[general]
+resolution = 128
+[[datasets]]
+  [[datasets.subsets]]
+  image_dir = '{data / "cats"}'
+  conditioning_data_dir = '{masks}'
+  caption_extension = ".txt"
+[[datasets]]
+validation_split = 0.5
+  [[datasets.subsets]]
+  metadata_file = '{data / "meta.json"}'
+  image_dir = '{many}'
+  enable_wildcard = true
+""".replace("resolution = 128", "resolution = 128\nenable_bucket = true\nmin_bucket_reso = 64\nbucket_reso_steps = 32"),
+        encoding="utf-8",
+    )
+    facts, group = report(data, "--masked_loss")
+    assert facts["datasets"][0]["masks"]["from_folder"] == 12 and facts["datasets"][1]["kind"] == "finetuning"
+    assert facts["validation_pictures"] == 4 and facts["datasets"][1]["subsets"][0]["pictures_used"] == 4
+    held_out = {item.path for item in group.validation.datasets[0].items}
+    pairs = [group for group in facts["files"]["duplicates"] if len(held_out.intersection(group)) == 1]
+    assert pairs and facts["files"]["leaks"] == pairs
+    captions = {entry["caption"] for entry in facts["captions"]["tokens"]["longest"]}
+    assert "a longer caption of more words,red" in captions and "short,red" not in captions
+    html = make_page(facts, group, pictures_per_bucket=1).html()
+    assert "one of several captions" in html and f"{12:,} from a folder" in html
+
+
+def test_metadata_of_a_training_has_the_same_hash(data):
+    facts, _ = report(data)
+    given = ["--dataset_config", str(data / "data.toml"), "--debug_dataset"]
+    options = resolve(parse("train_network.py", given), "train_network.py")
+    group = build_data(options, SUPPORT["train_network.py"], [], 5)
+    assert manifest_metadata(group.datasets) == {"ss_dataset_manifest_hash": facts["manifest_hash"]}
 
 
 def test_pictures_of_a_wrong_size_without_buckets(data):
