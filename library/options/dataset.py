@@ -94,7 +94,9 @@ class DatasetConfig:
         "what an unreadable picture does: stop the run, or be left out (every picture is then read once at the start)",
         choices=("error", "skip"),
     )
-    debug_dataset: bool = option(False, "show what the data sets give, train nothing")
+    debug_dataset: bool = option(
+        False, "say what every batch of one epoch holds, write a contact sheet of each bucket, and train nothing"
+    )
     prior_loss_weight: float = option(1.0, "weight of the loss of regularisation pictures")
     validation_seed: int | None = option(
         None, "seed that picks the held-out pictures and their noise; --seed when left out"
