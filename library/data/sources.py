@@ -232,6 +232,11 @@ def _check(settings: DatasetSettings) -> None:
         if subset.num_repeats > MOST_REPEATS:
             source = subset.metadata_file or subset.image_dir
             raise UserError(f"num_repeats of {source} is {subset.num_repeats}", f"give {MOST_REPEATS} at most")
+        if not subset.caption_separator:
+            raise UserError("caption_separator is empty", "give the text between the parts of a caption, such as ,")
+        if subset.face_crop_aug_range is not None and not subset.face_crop_aug_range[0] > 0:
+            shown = ",".join(str(number) for number in subset.face_crop_aug_range)
+            raise UserError(f"face_crop_aug_range is {shown}", "give two numbers above 0, such as 1.0,3.0")
     if settings.batch_size < 1:
         raise UserError(f"batch_size is {settings.batch_size}", "it must be 1 or more")
     for subset in settings.subsets if settings.kind == "controlnet" else ():

@@ -240,3 +240,19 @@ def test_slow_files_are_read_in_the_same_order(monkeypatch: pytest.MonkeyPatch) 
 def test_balance_uses_nothing_without_training_pictures() -> None:
     assert sources.balance([Item("a", "a", "", (1, 1))], 0) == []
     assert sources.balance([], 5) == []
+
+
+@pytest.mark.parametrize(
+    ("subset", "values", "says"),
+    [
+        ({}, {"resolution": (0, 64)}, "resolution is 0x64: its sides must lie between 1 and 65535"),
+        ({}, {"resolution": (64, 70000)}, "resolution is 64x70000"),
+        ({"num_repeats": 10**7}, {}, "num_repeats of d is 10000000: give 1000000 at most"),
+        ({"caption_separator": ""}, {}, "caption_separator is empty"),
+        ({"face_crop_aug_range": (0.0, 1.0)}, {}, r"face_crop_aug_range is 0.0,1.0: give two numbers above 0"),
+    ],
+)
+def test_settings_that_no_batch_can_be_made_of(subset: dict, values: dict, says: str) -> None:
+    settings = DatasetSettings(**{"resolution": (64, 64), **values}, subsets=(SubsetSettings(image_dir="d", **subset),))
+    with pytest.raises(UserError, match=says):
+        sources.scan(settings)
