@@ -19,6 +19,7 @@ from library.diffusion.schedule import make_schedule
 from library.generation.sample_prompts import read_prompts
 from library.messages import UserError, log
 from library.options.parser import Resolved, resolve
+from library.options.remedies import memory_remedies
 from library.runtime.precision import weight_dtype
 from library.runtime.processes import Processes, start_processes
 from library.training import data_setup, model_setup
@@ -157,8 +158,9 @@ def build_run(recipe: Recipe, args: argparse.Namespace, draws: Draws | None = No
             seed=args.seed,
         ),
         position=Position(),
-        ema=make_average(options.ema, target.trainable_parameters(), built.optimizer),
+        ema=make_average(options.ema, target.averaged_parameters(), built.optimizer),
         validation=make_validation(setup),
+        memory_remedies=memory_remedies(options),
     )
     if rounding is not None:
         rounding.update_number = lambda: run.position.step
@@ -184,7 +186,7 @@ def prepare_data(recipe: Recipe, args: Any) -> tuple[list[Any], Any]:
     recipe.prepare_captions(args, group)
     group.cache_text = TextCacher(recipe.family, options.model.max_token_length, options.dataset.skip_cache_check)
     if options.dataset.debug_dataset:
-        debug_dataset(group, folder=Path(options.saving.output_dir or ".") / DEBUG_FOLDER)
+        debug_dataset(group, recipe.says_token_ids, Path(options.saving.output_dir or ".") / DEBUG_FOLDER)
         return tokenizers, None
     write_back_data_options(args)
     recipe.check_group(args, group)

@@ -194,7 +194,8 @@ def load_accelerate_state(run: Run, folder: Path) -> None:
     if not models or not (folder / "optimizer.bin").exists():
         raise UserError(f"--resume {folder} is not a state folder", f"it has neither {RUN_FILE} nor optimizer.bin")
     load_weights(run, [_read_model(path) for path in models], folder)
-    load_optimizer(run, torch.load(folder / "optimizer.bin", map_location="cpu", weights_only=True), folder)
+    optimizer_state = torch.load(folder / "optimizer.bin", map_location="cpu", weights_only=True)
+    load_optimizer(run, run.target.prepared_optimizer_state(optimizer_state), folder)
     schedule_file = folder / "scheduler.bin"
     steps = 0
     if schedule_file.exists():

@@ -16,6 +16,7 @@ from library.models.embeddings import grow_table, init_word_ids, random_rows, ro
 from library.models.family import Family, LoadedModel
 from library.models.modelspec import metadata_of_run
 from library.models.text_encoders import enable_gradient_checkpointing
+from library.runtime.float8 import hold_in_float8
 from library.runtime.streams import stream
 from library.runtime.wrap import WrapPolicy, wrap_model
 from library.training import model_setup
@@ -24,9 +25,10 @@ from library.training.hooks import Hooks, refuse_strategy_overrides
 from library.training.metrics import model_step_logs
 from library.training.network_setup import require_file
 from library.training.new_word import NewWord, add_word
+from library.training.optimizers import optimizer_name
 from library.training.recipes.recipe import Recipe, Setup
 from library.training.saving import network_extension
-from library.training.targets.embedding import EmbeddingTarget
+from library.training.targets.embedding import NUMBER_BY_NUMBER, EmbeddingTarget
 from library.training.textual_inversion_trainer import is_halved
 
 if TYPE_CHECKING:
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
     from library.training.feed import DataFeed
     from library.training.optimizers import Built
     from library.training.saver import Metadata
-    from library.training.targets.target import Target
     from library.training.textual_inversion_trainer import TextualInversionTrainer
 
 
@@ -56,6 +57,7 @@ class EmbeddingRecipe(Recipe):
     """
 
     tracker = "textual_inversion"
+    says_token_ids = True
     step_logs = staticmethod(model_step_logs)
     hooks: EmbeddingHooks
 
@@ -154,15 +156,18 @@ class EmbeddingRecipe(Recipe):
         return latents * self.trainer.vae_scale_factor
 
     def prepare_text(self, setup: Setup) -> None:
-        """The encoders compute gradients in float32, under autocast, until `--full_*` halves them."""
+        """The encoders learn in float32, under autocast, unless `--full_*` halves them."""
+        dtype = setup.dtype if is_halved(setup.args) else torch.float32
         for encoder in setup.model.text_encoders:
-            encoder.to(setup.processes.device, torch.float32)
+            encoder.to(setup.processes.device, dtype)
 
     # What is trained
 
     def make_target(self, setup: Setup) -> EmbeddingTarget:
         model, device = setup.model, setup.processes.device
         wrap_model(model.unet, WrapPolicy(device=device, dtype=setup.dtype), family=self.family.name)
+        if setup.options.precision.fp8_base:
+            hold_in_float8(model.unet)
         model_setup.checkpoint_and_compile(self.family, setup)
         if setup.options.precision.gradient_checkpointing:
             for encoder in model.text_encoders:
@@ -179,14 +184,8 @@ class EmbeddingRecipe(Recipe):
             weight_dtype=setup.dtype,
             autocast=setup.processes.accelerator.autocast if mixed else contextlib.nullcontext,
             halved=is_halved(setup.args),
+            rows_alone=takes_rows_alone(setup.options),
         )
-
-    def before_first_step(self, setup: Setup, target: Target) -> None:
-        assert isinstance(target, EmbeddingTarget)
-        if target.halved:
-            for encoder in setup.model.text_encoders:
-                encoder.to(setup.dtype)
-        target.keep_other_rows()
 
     # What is written
 
@@ -211,3 +210,13 @@ class EmbeddingRecipe(Recipe):
 
     def extension(self, setup: Setup) -> str:
         return network_extension(setup.options.saving)
+
+
+def takes_rows_alone(options: Resolved) -> bool:
+    """Whether the optimizer can get the new rows instead of whole tables.
+
+    A gradient scaler looks at the optimizer's own gradients only, so under fp16 it must know the whole tables.
+    """
+    number_by_number = optimizer_name(options.optimizer).lower() in NUMBER_BY_NUMBER
+    in_steps = not options.optimizer.fused_backward_pass
+    return number_by_number and in_steps and options.precision.mixed_precision != "fp16"

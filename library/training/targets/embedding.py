@@ -1,7 +1,9 @@
 """Target: the vectors of a new word in the token tables of the text encoders.
 
-The optimizer works on whole tables, and gradients are clipped by the norm of whole tables, other words of the captions
-included; after every micro-step all other rows are put back, so only the new rows change.
+Gradients are clipped by the norm of whole tables, the other words of the captions included. An optimizer that treats
+every number by itself works on the new rows alone, which gives the same numbers and spares the memory of whole tables;
+any other (Adafactor, those that find their rate, 8-bit ones) works on whole tables, and after every micro-step all
+other rows are put back.
 """
 
 from __future__ import annotations
@@ -21,10 +23,13 @@ from library.training.targets.target import Target, non_finite
 if TYPE_CHECKING:
     from library.data.batch import Batch
     from library.models.family import Family, LoadedModel
+    from library.runtime.processes import Processes
     from library.training.hooks import Hooks
     from library.training.new_word import NewWord
 
 TABLE_KEY = "embeddings.token_embedding.weight"
+# Names of optimizers whose update of a number depends on that number, its gradient and its own state alone.
+NUMBER_BY_NUMBER = frozenset({"adamw", "adam", "nadam", "radam", "adamax", "rmsprop", "sgd", "sgdnesterov", "lion"})
 
 
 class EmbeddingTarget(Target):
@@ -39,6 +44,7 @@ class EmbeddingTarget(Target):
         weight_dtype: of the U-Net.
         autocast: a context manager factory for the text encoders.
         halved: the tables themselves are in half precision (`--full_fp16`, `--full_bf16`).
+        rows_alone: the optimizer gets the new rows instead of whole tables.
     """
 
     trains_text = True
@@ -55,6 +61,7 @@ class EmbeddingTarget(Target):
         weight_dtype: torch.dtype,
         autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
         halved: bool = False,
+        rows_alone: bool = False,
     ) -> None:
         self.hooks = hooks
         self.args = args
@@ -69,21 +76,29 @@ class EmbeddingTarget(Target):
         self.tables = [token_table(encoder).weight for encoder in model.text_encoders]
         for table in self.tables:
             table.requires_grad_(True)
-        self.kept: list[torch.Tensor] = []
-
-    def keep_other_rows(self) -> None:
-        """Remember all rows that are not trained, in the format of their table."""
-        self.kept = [table.detach()[: self.first_row].clone() for table in self.tables]
+        # They share their memory with the tables, as their gradients will.
+        self.own_rows = [torch.nn.Parameter(rows) for rows in self.rows()] if rows_alone else []
+        self.kept = [] if rows_alone else [table.detach()[: self.first_row].clone() for table in self.tables]
+        self._updated = False
 
     def rows(self) -> list[torch.Tensor]:
         """The trained rows (n, D) of each table, as they are now (not copied)."""
         return [table.detach()[self.first_row :] for table in self.tables]
 
     def parameter_groups(self) -> tuple[list[dict[str, Any]], list[str]]:
-        return [{"params": self.tables}], ["embedding"]
+        return [{"params": self.own_rows or self.tables}], ["embedding"]
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         return self.tables
+
+    def averaged_parameters(self) -> list[torch.nn.Parameter]:
+        return self.own_rows or self.tables
+
+    def reduce_gradients(self, processes: Processes) -> None:
+        super().reduce_gradients(processes)
+        for rows, table in zip(self.own_rows, self.tables, strict=False):
+            rows.grad = None if table.grad is None else table.grad[self.first_row :]
+        self._updated = True
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {f"rows{number}": rows for number, rows in enumerate(self.rows(), 1)}
@@ -103,6 +118,18 @@ class EmbeddingTarget(Target):
                 raise ValueError(f"a token table of {tuple(stored.shape)} instead of {tuple(table.shape)}")
             rows.copy_(stored[self.first_row :])
         log.info("the word's vectors taken from the state")
+
+    def prepared_optimizer_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """sd-scripts keeps it for whole tables."""
+        if not self.own_rows:
+            return state
+
+        def own_part(value: Any) -> Any:
+            whole = torch.is_tensor(value) and value.ndim == 2
+            return value[self.first_row :].clone() if whole else value
+
+        numbers = {number: {k: own_part(v) for k, v in one.items()} for number, one in state["state"].items()}
+        return {**state, "state": numbers}
 
     def encode_text(self, batch: Batch) -> Any:
         with self.autocast():
@@ -132,9 +159,13 @@ class EmbeddingTarget(Target):
 
     @torch.no_grad()
     def on_step_end(self) -> dict[str, Any]:
-        """Put all rows back that are not trained."""
-        for table, kept in zip(self.tables, self.kept, strict=True):
-            table[: self.first_row] = kept
+        """After an update: put all rows back that are not trained, drop gradients that the optimizer does not know."""
+        if self._updated:
+            self._updated = False
+            for table, kept in zip(self.tables, self.kept, strict=False):
+                table[: self.first_row] = kept
+            for table in self.tables:
+                table.grad = None
         return {}
 
     def save(self, path: Path, dtype: torch.dtype | None, metadata: dict[str, str], *, epoch: int, step: int) -> None:

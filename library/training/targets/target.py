@@ -49,6 +49,10 @@ class Target(ABC):
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         """What gradients are clipped and reduced over."""
 
+    def averaged_parameters(self) -> list[torch.nn.Parameter]:
+        """What a moving average is kept of."""
+        return self.trainable_parameters()
+
     @abstractmethod
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Everything that training changes; what a state folder holds."""
@@ -68,6 +72,10 @@ class Target(ABC):
     @abstractmethod
     def save(self, path: Path, dtype: torch.dtype | None, metadata: dict[str, str], *, epoch: int, step: int) -> None:
         """Write the trained thing as the file format of its kind."""
+
+    def written_tensors(self) -> Iterable[torch.Tensor]:
+        """What `save` writes, for its size."""
+        return self.state_dict().values()
 
     def compute_loss(self, run: Run, batch: Batch, place: Place) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Mean loss of a micro-batch, with gradients, and its timesteps."""
@@ -94,6 +102,10 @@ class Target(ABC):
     def load_prepared(self, states: list[dict[str, torch.Tensor]]) -> None:
         """Restore from a state folder of sd-scripts: one state for each module that it prepared, in its order."""
         self.load_state_dict(states[-1])
+
+    def prepared_optimizer_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The optimizer's state in such a folder, as this program's optimizer takes it."""
+        return state
 
     def on_epoch_start(self, epoch: int) -> None:
         """Epoch (1-based) begins."""
