@@ -158,6 +158,7 @@ class SdxlModelRecipe(ModelRecipe):
 
     script = "sdxl_train.py"
     tracker = "finetuning"
+    says_token_ids = True
     support = SUPPORT[script]
     bucket_steps = 32
 

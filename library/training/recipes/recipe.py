@@ -73,6 +73,7 @@ class Recipe(ABC):
         tracker: name of the trackers' run when `--log_tracker_name` is left out.
         support: which kinds of data sets it takes.
         step_logs: makes the trackers' values of a micro-step.
+        says_token_ids: `--debug_dataset` says them too.
         hooks: of a trainer object of third parties, where there is one.
     """
 
@@ -80,6 +81,7 @@ class Recipe(ABC):
     tracker: str
     support: Support
     step_logs = staticmethod(step_logs)
+    says_token_ids = False
     hooks: Hooks | None = None
 
     @property
