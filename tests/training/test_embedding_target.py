@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -108,7 +109,7 @@ def test_optimizer_state_of_whole_tables_is_taken() -> None:
     second = torch.optim.AdamW(alone.parameter_groups()[0][0]["params"], lr=0.1)
     train(whole, first, steps=1)
     alone.load_state_dict(whole.state_dict())
-    second.load_state_dict(alone.prepared_optimizer_state(first.state_dict()))
+    second.load_state_dict(alone.prepared_optimizer_state(copy.deepcopy(first.state_dict())))
     train(whole, first, steps=2)
     train(alone, second, steps=2)
     for key, value in whole.state_dict().items():
