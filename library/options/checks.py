@@ -321,7 +321,7 @@ def check_model_training(options: Resolved) -> None:
 def check_embedding(options: Resolved) -> None:
     """The word, its vectors, and what they start from."""
     config = options.embedding
-    if not (config.token_string or "").strip():
+    if "token_string" in find_script(options.script).required and not (config.token_string or "").strip():
         raise UserError("--token_string missing", "give the word that is to be learned, one that no language has")
     _at_least(config, 1, "num_vectors_per_token")
     if config.init_word is not None and not config.init_word.strip():
