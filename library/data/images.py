@@ -69,6 +69,8 @@ def _rgb(file: Image.Image) -> np.ndarray:
     if file.mode.startswith("I") and file.format == "PNG":
         grey = (np.asarray(file).astype(np.int32) >> 8).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
+    if isinstance(file.info.get("transparency"), bytes):  # Pillow warns when it drops the alpha of a palette
+        return np.ascontiguousarray(np.asarray(file.convert("RGBA"))[..., :3])
     return np.asarray(file.convert("RGB"))
 
 

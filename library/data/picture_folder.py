@@ -53,13 +53,14 @@ def read_folder(subset: SubsetSettings, index: int) -> Found:
 
 
 def _read_files(subset: SubsetSettings, index: int, listing: Listing) -> Found:
-    folder = Found(notes=_listing_notes(str(subset.image_dir), listing))
+    folder = Found(notes=_listing_notes(subset, listing))
     find_caption = caption_finder(subset, listing)
     prefix = os.path.join(str(subset.image_dir), "")
 
     facts = dict(zip(listing.pictures, picture_facts(str(subset.image_dir), listing.pictures), strict=True))
     fallback = subset.class_tokens or ""
-    missing = []
+    missing: list[str] = []
+    used: set[str] = set()
 
     def read(name: str) -> Item | str:
         """One picture, or a text that says what is broken."""
@@ -71,6 +72,7 @@ def _read_files(subset: SubsetSettings, index: int, listing: Listing) -> Found:
                 missing.append(name)
                 caption = fallback
             else:
+                used.add(caption_file)
                 path = prefix + caption_file
                 caption = read_caption(path, every_line=subset.enable_wildcard)
             return Item(
@@ -88,6 +90,12 @@ def _read_files(subset: SubsetSettings, index: int, listing: Listing) -> Found:
     folder.broken = [text for text in found if isinstance(text, str)]
     if missing:
         folder.notes.append(_missing_note(subset, sorted(missing), listing))
+    suffix = os.path.normcase(caption_suffix(subset))
+    orphans = [name for name in listing.others if os.path.normcase(name).endswith(suffix) and name not in used]
+    if orphans:
+        folder.notes.append(
+            f"{subset.image_dir}: {len(orphans)} {caption_suffix(subset)} files have no picture ({some(orphans)})"
+        )
     return folder
 
 
@@ -199,7 +207,8 @@ def _orientation(path: str, noted: int | None) -> int:
         return AS_STORED
 
 
-def _listing_notes(folder: str, listing: Listing) -> list[str]:
+def _listing_notes(subset: SubsetSettings, listing: Listing) -> list[str]:
+    folder = str(subset.image_dir)
     notes = []
     unread = Counter(
         suffix for name in listing.others if (suffix := os.path.splitext(name)[1].lower()) in UNREAD_SUFFIXES
@@ -207,10 +216,17 @@ def _listing_notes(folder: str, listing: Listing) -> list[str]:
     if unread:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(unread.items()))
         notes.append(f"{folder}: {kinds} files are not read: convert them to PNG or JPEG")
-    if listing.pictures:
-        return notes
     below = [name for name in listing.folders if picture_count(os.path.join(folder, name))]
-    if below:
+    if listing.pictures:
+        stems = Counter(os.path.splitext(name)[0] for name in listing.pictures)
+        twins = [name for name in listing.pictures if stems[os.path.splitext(name)[0]] > 1]
+        if twins:
+            notes.append(f"{folder}: pictures that differ in their ending alone share a caption file: {some(twins)}")
+        masks = os.path.normpath(subset.conditioning_data_dir or "")
+        below = [name for name in below if name[0] != "." and os.path.normpath(os.path.join(folder, name)) != masks]
+        if below:
+            notes.append(f"{folder}: pictures in folders below it are not used: {some(below)}")
+    elif below:
         notes.append(f"{folder} holds no pictures, but {os.path.join(folder, below[0])} does: name that as image_dir")
     else:
         notes.append(f"{folder} holds no pictures")
@@ -225,8 +241,8 @@ def _missing_note(subset: SubsetSettings, missing: Sequence[str], listing: Listi
         text = f'their caption is "{subset.class_tokens}"'
     note = f"{subset.image_dir}: {len(missing)} pictures have no {suffix} file ({some(missing)}), {text}"
     for other in (".txt", ".caption", ".tags"):
-        texts = {name for name in listing.others if name.endswith(other)}
-        count = sum(os.path.splitext(name)[0] + other in texts for name in missing) if texts else 0
-        if other != suffix and count:
-            return f"{note}; {count} of them have a {other} file: is caption_extension {other} meant?"
+        endings = {stem: end for stem, end in map(os.path.splitext, listing.others) if end.lower() == other}
+        found = [end for name in missing if (end := endings.get(os.path.splitext(name)[0], suffix)) != suffix]
+        if found:
+            return f"{note}; {len(found)} of them have a {found[0]} file: is caption_extension {found[0]} meant?"
     return note

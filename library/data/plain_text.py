@@ -14,6 +14,8 @@ def decode_text(data: bytes) -> str:
     Raises:
         UnicodeDecodeError: neither UTF-8, nor UTF-16 with a mark.
     """
+    if data[:2] not in (b"\xff\xfe", b"\xfe\xff") and (zero := data.find(b"\0")) >= 0:
+        raise UnicodeDecodeError("utf-8", data, zero, zero + 1, "a zero byte, it may be UTF-16 without a mark")
     text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8").removeprefix("\ufeff")
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
