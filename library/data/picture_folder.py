@@ -218,9 +218,10 @@ def _listing_notes(subset: SubsetSettings, listing: Listing) -> list[str]:
         notes.append(f"{folder}: {kinds} files are not read: convert them to PNG or JPEG")
     below = [name for name in listing.folders if picture_count(os.path.join(folder, name))]
     if listing.pictures:
-        stems = Counter(os.path.splitext(name)[0] for name in listing.pictures)
-        twins = [name for name in listing.pictures if stems[os.path.splitext(name)[0]] > 1]
-        if twins:
+        stems = [name[: name.rindex(".")] for name in listing.pictures]
+        if len(set(stems)) < len(stems):
+            times = Counter(stems)
+            twins = [name for name, stem in zip(listing.pictures, stems, strict=True) if times[stem] > 1]
             notes.append(f"{folder}: pictures that differ in their ending alone share a caption file: {some(twins)}")
         masks = os.path.normpath(subset.conditioning_data_dir or "")
         below = [name for name in below if name[0] != "." and os.path.normpath(os.path.join(folder, name)) != masks]
