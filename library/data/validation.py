@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 
 from library.data.records import DatasetSettings, Item, ScanResult, SubsetSettings
 from library.messages import UserError
@@ -62,6 +64,14 @@ def validation_parts(
                 bucket_sizes=scan.bucket_sizes,
             ),
         )
+
+
+def trained_too(scans: Sequence[ScanResult]) -> list[str]:
+    """Held-out pictures that another data set trains on, by path; their loss says nothing of new pictures."""
+    folder = cache(os.path.realpath)  # links are looked up once a folder
+    trained = {(folder(os.path.dirname(i.path)), os.path.basename(i.path)) for scan in scans for i in scan.items}
+    held_out = [item.path for scan in scans for item in scan.validation]
+    return [path for path in held_out if (folder(os.path.dirname(path)), os.path.basename(path)) in trained]
 
 
 def validation_settings(settings: DatasetSettings) -> DatasetSettings:

@@ -19,7 +19,8 @@ from library.data.masks import count_masks, write_overlays
 from library.data.pairs import uses_masks
 from library.data.records import DatasetSettings
 from library.data.support import with_masks
-from library.messages import UserError, log
+from library.data.validation import trained_too
+from library.messages import UserError, log, some
 from library.replaceable import replacement
 from library.runtime.processes import Processes
 from library.training.caption_tokens import CaptionTokens
@@ -55,6 +56,9 @@ def build_data(options: Resolved, support: Support, tokenizers: list[Any], seed:
     for note in [note for result in scans for note in result.notes]:
         log.info("%s", note)
     sources.require_pictures(settings, scans)
+    known = trained_too(scans) if any(scan.validation for scan in scans) else []
+    if known:
+        log.warning("%d pictures are held out for validation and trained on too: %s", len(known), some(known))
     masks = count_masks(settings, scans)
     if masks is not None:
         log.info("mask used for %d of %d pictures", *masks)

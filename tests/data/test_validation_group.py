@@ -9,7 +9,7 @@ import pytest
 from library.data.group import build_group
 from library.data.records import DatasetSettings, Item, ScanResult, SubsetSettings
 from library.data.sources import scan
-from library.data.validation import hold_out
+from library.data.validation import hold_out, trained_too
 from library.messages import UserError
 from tests.data.conftest import ByteTokens, same
 
@@ -77,6 +77,18 @@ def test_a_whole_data_set_for_validation(shapes: Path) -> None:
     assert len(group.datasets) == len(group.validation.datasets) == 1
     assert group.validation.num_train_images == 6 and group.num_train_images == 24
     assert group.validation.datasets[0].image_counts == [6]
+
+
+def test_held_out_pictures_that_are_trained_on_are_found(shapes: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(shapes)
+    common = {"resolution": (128, 128), "enable_bucket": True, "min_bucket_reso": 64}
+    settings = [
+        DatasetSettings(**common, subsets=(SubsetSettings(image_dir=str(shapes)),), validation_split=0.5),
+        DatasetSettings(**common, subsets=(SubsetSettings(image_dir=str(tmp_path / "link")),), is_validation=True),
+    ]
+    scans = [scan(one) for one in settings]
+    assert trained_too(scans[:1]) == trained_too(scans[1:]) == []
+    assert [Path(path).name for path in trained_too(scans)] == [Path(item.path).name for item in scans[0].items]
 
 
 def test_replacements_reach_the_validation_captions(shapes: Path, make_group) -> None:
