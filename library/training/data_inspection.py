@@ -12,11 +12,15 @@ from library.data.config import resolve_datasets
 from library.data.group import DatasetGroup, build_group
 from library.data.inspection import Run, inspect
 from library.data.support import SUPPORT, with_masks
+from library.data.templates import OBJECT_TEMPLATES, STYLE_TEMPLATES, names_word, write_out
 from library.messages import UserError, log
 from library.options.config_file import unknown_message
 from library.options.parser import Resolved, defaults, resolve
 from library.options.registries import nearest
 from library.options.scripts import SCRIPTS, find_script
+
+# Stands for the word of a textual inversion that is not named.
+WORD = "*"
 
 
 def training_options(namespace: argparse.Namespace, script: str, own_script: str) -> Resolved:
@@ -42,8 +46,10 @@ def training_options(namespace: argparse.Namespace, script: str, own_script: str
     if strange:
         log.warning("%s", unknown_message(strange, there))
     values = {**there, **{name: value for name, value in given.items() if name in there}}
-    # as for --debug_dataset, neither model nor output folder need be given
-    return resolve(argparse.Namespace(**{**values, "debug_dataset": True}), script).replace(debug_dataset=False)
+    # as for --debug_dataset, neither model nor output folder need be given; nor a word to learn
+    word = values.get("token_string") or (WORD if "token_string" in there else None)
+    namespace = argparse.Namespace(**{**values, "debug_dataset": True, **({"token_string": word} if word else {})})
+    return resolve(namespace, script).replace(debug_dataset=False)
 
 
 def inspect_options(
@@ -77,14 +83,43 @@ def inspect_options(
         caches_latents=options.dataset.cache_latents,
     )
     trained = [scan for one, scan in zip(settings, scans, strict=True) if not one.is_validation]
-    counter = token_counter(options.model.v2, options.model.tokenizer_cache_dir)
-    return inspect(group, trained, run, count_tokens=counter, read_pictures=read_pictures), group
+    words = write_word(options, group)
+    counter = token_counter(options.model.v2, options.model.tokenizer_cache_dir, words)
+    facts = inspect(group, trained, run, count_tokens=counter, read_pictures=read_pictures)
+    if words and not _has_templates(options) and not names_word(group, words[0]):
+        text = f"no caption holds the word {words[0]}: it cannot be learned (name it, or use a template option)"
+        facts["problems"].insert(0, {"level": "error", "text": text})
+    return facts, group
 
 
-def token_counter(v2: bool, cache_dir: str | Path | None) -> Callable[[Sequence[str]], list[int]] | None:
+def write_word(options: Resolved, group: DatasetGroup) -> list[str]:
+    """Let captions name the word of a textual inversion as its training does; its tokens, none in other trainings."""
+    if "embedding" not in options or options.embedding.token_string in (None, WORD):
+        return []
+    from library.models.embeddings import token_strings
+
+    word = options.embedding.token_string
+    tokens = token_strings(word, options.embedding.num_vectors_per_token)
+    templates = OBJECT_TEMPLATES if options.embedding.use_object_template else STYLE_TEMPLATES
+    write_out(group, word, tokens, templates if _has_templates(options) else None)
+    return tokens
+
+
+def _has_templates(options: Resolved) -> bool:
+    return options.embedding.use_object_template or options.embedding.use_style_template
+
+
+def token_counter(
+    v2: bool, cache_dir: str | Path | None, words: Sequence[str] = ()
+) -> Callable[[Sequence[str]], list[int]] | None:
     """Counts tokens with the family's tokenizer; None, and a warning with the reason, where it cannot be had.
 
     All families share one vocabulary, which comes with the program; nothing is downloaded.
+
+    Args:
+        v2: the model is Stable Diffusion 2.x.
+        cache_dir: `--tokenizer_cache_dir`.
+        words: that are one token each.
     """
     try:
         import ftfy  # noqa: F401 - the tokenizer uses it where it is installed
@@ -94,6 +129,7 @@ def token_counter(v2: bool, cache_dir: str | Path | None) -> Callable[[Sequence[
         from library.models.tokenizers import CLIP_L, OPENCLIP_H, load_tokenizer, text_ids
 
         tokenizer = load_tokenizer(OPENCLIP_H if v2 else CLIP_L, cache_dir)
+        tokenizer.add_tokens(list(words))
     except (ImportError, UserError) as error:
         log.warning("tokens are not counted: %s", error)
         return None

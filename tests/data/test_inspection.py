@@ -285,6 +285,24 @@ def test_options_of_other_scripts_and_of_none(data, caplog):
         training_options(args, SCRIPT, SCRIPT)
 
 
+def test_a_word_to_learn_is_written_out(data):
+    def of_word(*more):
+        args = parse(SCRIPT, ["--dataset_config", str(data / "data.toml"), "--token_string", "zqx", *more])
+        options = training_options(args, "train_textual_inversion.py", SCRIPT)
+        return inspect_options(options, read_pictures=False)
+
+    facts, _ = of_word("--num_vectors_per_token", "3")
+    assert facts["problems"][0]["text"].startswith("no caption holds the word zqx")
+    facts, group = of_word("--num_vectors_per_token", "3", "--use_style_template")
+    lengths = [entry["tokens"] for entry in facts["captions"]["tokens"]["longest"]]
+    assert "zqx zqx1 zqx2" in make_page(facts, group, pictures_per_bucket=1).html() and max(lengths) < 13
+    assert not any("zqx" in problem["text"] for problem in facts["problems"])
+    plain = training_options(
+        parse(SCRIPT, ["--dataset_config", str(data / "data.toml")]), "train_textual_inversion.py", SCRIPT
+    )
+    assert inspect_options(plain, read_pictures=False)[0]["captions"]["tokens"]["lengths"] == {"1": 4, "4": 12}
+
+
 def test_every_training_script_can_be_reported():
     known = [script for script, entry in SCRIPTS.items() if "optimizer" in entry.concerns and script != SCRIPT]
     assert set(known) <= set(SUPPORT)
