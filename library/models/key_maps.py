@@ -226,7 +226,8 @@ class Entry:
     def to_module(self, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensor of the file -> (our name, tensor). Files that already have our form are taken as they are."""
         if self.transform == "concat_rows":
-            yield from zip(self.module_keys, (part.contiguous() for part in tensor.chunk(3)), strict=True)
+            # copies: parts of one memory could not be trained apart
+            yield from zip(self.module_keys, (part.clone() for part in tensor.chunk(3)), strict=True)
         else:
             yield self.module_keys[0], _TO_MODULE[self.transform](tensor)
 
