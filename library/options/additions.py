@@ -35,7 +35,7 @@ OWN: dict[str, str] = {
 
 # Scripts of this project that the original and its later releases do not have.
 OWN_SCRIPTS: frozenset[str] = frozenset(
-    {"networks/convert_lora.py", "tools/inspect_dataset.py", "tools/inspect_model.py"}
+    {"networks/convert_lora.py", "tools/inspect_dataset.py", "tools/inspect_model.py", "tools/report_run.py"}
 )
 
 # Of sd-scripts 0.7.1 to 0.10.1, in every script that has the concern.

@@ -50,6 +50,7 @@ from library.options.objective import ObjectiveConfig
 from library.options.optimizer import OptimizerConfig
 from library.options.precision import PrecisionConfig
 from library.options.registries import nearest
+from library.options.run_report import RunReportConfig
 from library.options.samples import SamplesConfig
 from library.options.saving import SavingConfig
 from library.options.sdxl import SdxlConfig
@@ -89,6 +90,7 @@ CONCERNS: dict[str, type] = {
     "model_inspect": ModelInspectConfig,
     "model_merge": ModelMergeConfig,
     "model_metadata": ModelMetadataConfig,
+    "run_report": RunReportConfig,
     "text_merge": TextMergeConfig,
     "text_clean": TextCleanConfig,
     "picture_resize": PictureResizeConfig,
@@ -278,6 +280,7 @@ MODEL_TOOLS: dict[str, Script] = {
     "tools/merge_models.py": _tool(
         "Merge models of one family by a weighted sum.", "model_merge", ("models", "output")
     ),
+    "tools/report_run.py": _tool("Make the page about a training from its record.", "run_report", ("folder",)),
     "tools/show_metadata.py": _tool("Show the metadata of a safetensors file.", "model_metadata", ("model",)),
 }
 

@@ -67,7 +67,7 @@ class Record:
         if self._file is None:
             return
         now = round(time.time(), 3)
-        text = "".join(json.dumps(plain({**line, "time": now})) + "\n" for line in lines)
+        text = "".join(json.dumps({**plain(line), "time": now}) + "\n" for line in lines)
         try:
             self._file.write(text.encode())
         except OSError as error:
@@ -127,11 +127,11 @@ def _parsed(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
 
 
 def plain(value: Any) -> Any:
-    """A value as strict JSON has it: numbers that are not finite become null, paths texts."""
+    """A value as strict JSON has it: numbers with the digits of float32, null where not finite; paths as texts."""
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
         return [plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
+    if isinstance(value, float):
+        return float(f"{value:.7g}") if math.isfinite(value) else None
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)

@@ -13,6 +13,7 @@ from library.runtime.peaks import peak_flops
 from library.runtime.precision import weight_dtype
 from library.training.record import Record, record_path
 from library.training.report import length, parts
+from library.training.run_page import page_path
 from library.training.work import WorkCounter
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from library.training.run import Run
 
 SECRETS = frozenset({"wandb_api_key", "huggingface_token"})
-PAGE_SUFFIX = "-report.html"
 
 
 def make_record(options: Resolved, processes: Processes) -> Record | None:
@@ -30,8 +30,7 @@ def make_record(options: Resolved, processes: Processes) -> Record | None:
         return None
     saving = options.saving
     path = record_path(saving.output_dir, saving.output_name)
-    page = None if options.logging.no_report else path.with_name(f"{saving.output_name or 'last'}{PAGE_SUFFIX}")
-    return Record(path, page)
+    return Record(path, None if options.logging.no_report else page_path(path))
 
 
 def make_work_counter(options: Resolved, processes: Processes) -> WorkCounter:

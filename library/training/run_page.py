@@ -13,10 +13,11 @@ from library.messages import UserError, clock
 from library.page import Page
 from library.runtime.files import atomic_write, format_bytes
 from library.training.micro_losses import band_names
-from library.training.record import read_record
+from library.training.record import SUFFIX, read_record
 from library.training.run_history import History, smoothed, smoothing_window
 from library.training.run_pictures import add_pictures
 
+PAGE_SUFFIX = "-report.html"
 # Above this share the loader is what limits the speed.
 WAITING_LIMIT = 0.15
 SLOW_SHARE = 0.15
@@ -30,6 +31,36 @@ def write_page(record: Path, page: Path) -> None:
     """
     with atomic_write(page, "w") as file:
         file.write(make_page(record))
+
+
+def write_pages(folder: Path, page: Path | None = None) -> list[Path]:
+    """Make the pages of all records in a folder, or of one record.
+
+    Args:
+        folder: output folder of trainings, or a record.
+        page: where the only page goes; beside its record when left out.
+
+    Returns:
+        The pages.
+
+    Raises:
+        UserError: nothing is recorded there, or there are several records for one page.
+    """
+    records = [folder] if folder.is_file() else sorted(folder.glob(f"*{SUFFIX}"))
+    if not records:
+        raise UserError(f"{folder} holds no record of a training", f"give a folder with files that end in {SUFFIX}")
+    if page is not None and len(records) > 1:
+        names = ", ".join(record.name for record in records)
+        raise UserError(f"--page names one file, but {folder} has several records ({names})", "name one of them")
+    pages = [page or page_path(record) for record in records]
+    for record, path in zip(records, pages, strict=True):
+        write_page(record, path)
+    return pages
+
+
+def page_path(record: Path) -> Path:
+    """Where the page of a record lies: beside it."""
+    return record.with_name(record.name.removesuffix(SUFFIX).removesuffix(".jsonl") + PAGE_SUFFIX)
 
 
 def make_page(record: Path) -> str:
@@ -75,7 +106,7 @@ def _add_outcome(page: Page, history: History) -> None:
 
 
 def _key_facts(history: History) -> list[tuple[str, Any]]:
-    facts: list[tuple[str, Any]] = [("time in updates", clock(history.seconds))] if history.steps else []
+    facts: list[tuple[str, Any]] = [("training time", clock(history.seconds))] if history.steps else []
     if history.steps:
         facts += [
             ("loss at the end, smoothed", smoothed(history.points("loss"))[-1][1]),
