@@ -49,7 +49,13 @@ def explained_out_of_memory(doing: str, remedies: Sequence[str] = TRAINING_REMED
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(f"out of memory while {doing}", f"try {', '.join(remedies[:-1])} or {remedies[-1]}") from error
+        raise UserError(f"out of memory while {doing}", _try(remedies)) from error
+
+
+def _try(remedies: Sequence[str]) -> str:
+    if len(remedies) > 3:
+        return f"try, the most helpful first: {'; '.join(remedies)}"
+    return f"try {', '.join(remedies[:-1])} or {remedies[-1]}" if len(remedies) > 1 else f"try {remedies[0]}"
 
 
 def peak_bytes(device: torch.device) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 
@@ -49,9 +50,25 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """The format that autocast is on for where `x` lies, or None."""
     kind = x.device.type
     # torch raises for devices that know no autocast; shapes are worked out on "meta".
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
+    if kind == "meta":
+        return _pretended
+    if not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
+
+
+_pretended: torch.dtype | None = None
+
+
+@contextlib.contextmanager
+def pretended_autocast(dtype: torch.dtype | None) -> Iterator[None]:
+    """Tensors without memory behave as if autocast were on in this format."""
+    global _pretended
+    before, _pretended = _pretended, dtype
+    try:
+        yield
+    finally:
+        _pretended = before
 
 
 def cast_once(x: torch.Tensor) -> torch.Tensor:

@@ -30,15 +30,17 @@ def train(run: Run) -> None:
         Interrupted: a signal asked for a stop; the state was saved.
         UserError: a loss or gradient was not finite and the state before that update was saved; or out of memory.
     """
-    with run.log.recorded(), explained_out_of_memory("training"):
+    with run.log.recorded(), explained_out_of_memory("training", run.memory_remedies):
         run.samples.before_training(run)
         run.validation.before_training(run)
         run.log.open(run)
+        run.moved.start(run)
         with GarbageCollection() as garbage, InterruptFlag() as interrupt:
             while run.position.step < run.max_steps:
                 train_epoch(run, interrupt, garbage)
         stop_if_bad(run, run.guard.check_last())
         run.log.close(run)
+        run.moved.after_flush(run)
         run.validation.at_end(run)
         run.saver.at_end(run)
 
@@ -67,6 +69,7 @@ def train_epoch(run: Run, interrupt: InterruptFlag, garbage: GarbageCollection) 
         run.validation.after_update(run)
         run.saver.after_update(run)
         run.log.flush_if_due(run)
+        run.moved.after_flush(run)
         garbage.step(run.position.step)
         if interrupt.requested:
             save_and_stop(run)

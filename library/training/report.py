@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 from library.data import report as data_report
 from library.messages import log
 from library.options.describe import describe
+from library.runtime.devices import memory_stats
+from library.training.disk_need import disk_need, require_room
+from library.training.memory_need import gib, memory_need
 
 if TYPE_CHECKING:
     from library.options.parser import Resolved
@@ -33,9 +36,33 @@ def show_settings(options: Resolved, run: Run, idle: Sequence[str] = ()) -> None
     lines = data_report.describe(run.feed.group.datasets)
     lines += ["", "training"]
     lines += [f"  {line}" for line in (*parts(run), *frozen_parts(options, idle), *length(run))]
+    disk = disk_need(run, options)
+    memory = device_memory(run, options)
+    lines += [f"  {line}" for line in (*memory, disk.describe())]
     lines += ["", *describe(options)]
     for line in lines:
         log.info("%s", line)
+    if run.processes.is_main:
+        require_room(disk, options.saving.output_dir or ".")
+
+
+def device_memory(run: Run, options: Resolved) -> list[str]:
+    """The expected peak on a GPU; on a CPU it is worked out for `--dry_run` only, since it takes a second or more."""
+    device = run.processes.device
+    if device.type == "cpu" and not options.loop.dry_run:
+        return []
+    need = memory_need(run, options)
+    if need is None:
+        return []
+    there = memory_stats(device).total
+    if there is not None and need.total > there:
+        log.warning(
+            "memory: about %s are needed and the device has %s; switch on, the most helpful first: %s",
+            gib(need.total),
+            gib(there),
+            "; ".join(run.memory_remedies),
+        )
+    return [need.describe(there)]
 
 
 def parts(run: Run) -> list[str]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from library.runtime.memory import TRAINING_REMEDIES
 from library.training.ema import MovingAverage, no_average
+from library.training.moved import MovedCheck
 from library.training.validation import NoValidation
 
 if TYPE_CHECKING:
@@ -55,6 +57,8 @@ class Run:
         autocast: a context manager factory for the U-Net call.
         ema: moving average of what is trained; false in an if where there is none.
         validation: loss on held-out pictures.
+        moved: looks after the first steps whether all parts change.
+        memory_remedies: what to switch on when memory runs out.
     """
 
     target: Target
@@ -81,3 +85,5 @@ class Run:
     position: Position
     ema: MovingAverage = field(default_factory=no_average)
     validation: NoValidation = field(default_factory=NoValidation)
+    moved: MovedCheck = field(default_factory=MovedCheck)
+    memory_remedies: tuple[str, ...] = TRAINING_REMEDIES

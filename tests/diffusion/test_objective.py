@@ -341,7 +341,7 @@ def test_weights_at_zero_terminal_snr(options):
     timesteps = torch.arange(1000)
     ones = torch.ones(1000, 4, 2, 2)
     config = ObjectiveConfig(**options)
-    values = dict(v_prediction=True, loss_weights=torch.ones(()))
+    values = {"v_prediction": True, "loss_weights": torch.ones(())}
     losses = objective.loss_per_sample(ones, ones * 0, timesteps, schedule, config, **values)
     assert schedule.alphas_cumprod[-1] == 0
     assert losses.isfinite().all()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,6 +124,10 @@ class ModelTarget(Target):
         for encoder in self.model.text_encoders:
             encoder.requires_grad_(False).eval()
         self._parameters = [parameter for parameter in self._parameters if parameter.requires_grad]
+
+    def written_tensors(self) -> Iterable[torch.Tensor]:
+        modules = (self.model.unet, *self.model.text_encoders, self.model.vae)
+        return [parameter for module in modules for parameter in module.parameters()]
 
     def encode_text(self, batch: Batch) -> TextCondition:
         cached = self._cached_text(batch)

@@ -7,6 +7,7 @@ default asks the family (so that third-party hooks are called, see docs/architec
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,6 +73,10 @@ class Target(ABC):
     @abstractmethod
     def save(self, path: Path, dtype: torch.dtype | None, metadata: dict[str, str], *, epoch: int, step: int) -> None:
         """Write the trained thing as the file format of its kind."""
+
+    def written_tensors(self) -> Iterable[torch.Tensor]:
+        """What `save` writes, for its size."""
+        return self.state_dict().values()
 
     def written_tensors(self) -> Iterable[torch.Tensor]:
         """What `save` writes, for its size."""
