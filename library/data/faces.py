@@ -15,12 +15,11 @@ from library.data.face_detectors import Detector, FoundFace, make_detector
 from library.data.images import read_image
 from library.data.orientation import orientation_of
 from library.data.picture_search import find_pictures
-from library.messages import UserError, log, progress
+from library.messages import UserError, log, progress, some
 from library.options.data_tools import FacesConfig
 from library.runtime.files import atomic_write
 
 BOX_COLOUR = (255, 0, 255)  # BGR
-SHOWN = 5
 
 
 @dataclass(slots=True)
@@ -81,7 +80,7 @@ def cut_faces(config: FacesConfig) -> int:
             continue
         written += _write_faces(image, Path(path), detector, cut, config)
     if unreadable:
-        log.warning("%d pictures are left out: %s", len(unreadable), "; ".join(unreadable[:SHOWN]))
+        log.warning("%d pictures are left out: %s", len(unreadable), some(unreadable))
     if pictures and len(unreadable) == len(pictures):
         raise UserError(f"no picture in {config.src_dir} can be read", "see the files named above")
     log.info("%s: %d faces of %d pictures", config.dst_dir, written, len(pictures) - len(unreadable))

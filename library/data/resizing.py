@@ -18,13 +18,13 @@ from PIL import Image
 from library.data.images import read_image
 from library.data.listing import picture_suffixes
 from library.data.orientation import orientation_of
-from library.messages import UserError, log, progress
+from library.messages import UserError, log, progress, some
 from library.options.data_tools import PictureResizeConfig
 from library.runtime.files import atomic_path
 
 METHODS = {"area": cv2.INTER_AREA, "cubic": cv2.INTER_CUBIC, "lanczos4": cv2.INTER_LANCZOS4}
 JPEG_QUALITY = 100
-SHOWN = 5
+CACHE_SUFFIX = ".npz"
 
 
 @dataclass(slots=True)
@@ -144,7 +144,7 @@ def _warn_of_equal_stems(pictures: Sequence[str]) -> None:
         by_stem[os.path.splitext(name)[0]].append(name)
     equal = [" and ".join(names) for names in by_stem.values() if len(names) > 1]
     if equal:
-        log.warning("these pictures give results of the same name, the last one stays: %s", "; ".join(equal[:SHOWN]))
+        log.warning("these pictures give results of the same name, the last one stays: %s", some(equal))
 
 
 def _resize_one(
@@ -178,11 +178,11 @@ def _save(image: np.ndarray, path: Path) -> None:
 
 
 def _copy_associated(source: Path, picture: str, others: Sequence[str], target: Path, labels: Sequence[str]) -> None:
-    """Copy the files `STEM.*` that are no pictures beside each result."""
+    """Copy the files `STEM.*` that are no pictures beside each result; not caches, which are of the picture itself."""
     stem = os.path.splitext(picture)[0]
     for name in others:
         own, suffix = os.path.splitext(name)
-        if own == stem:
+        if own == stem and suffix.lower() != CACHE_SUFFIX:
             for label in labels:
                 _copy(source / name, target / f"{stem}+{label}{suffix}")
 
@@ -204,5 +204,4 @@ def _report(outcome: Outcome, target: Path) -> None:
 
 def _warn(text: str, names: Sequence[str]) -> None:
     if names:
-        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        log.warning(text, len(names), ", ".join(names[:SHOWN]) + more)
+        log.warning(text, len(names), some(names))

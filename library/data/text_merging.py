@@ -10,10 +10,8 @@ from pathlib import Path
 from library.data.metadata_json import Metadata, read_metadata, write_metadata
 from library.data.picture_search import find_pictures
 from library.data.plain_text import read_text
-from library.messages import UserError, log, progress
+from library.messages import UserError, log, progress, some
 from library.options.data_tools import TextMergeConfig
-
-SHOWN = 5
 
 
 def merge_files(config: TextMergeConfig, member: str) -> None:
@@ -36,9 +34,9 @@ def merge_files(config: TextMergeConfig, member: str) -> None:
     missing = merge_texts(metadata, pictures, member, suffix, full_path=config.full_path, debug=config.debug)
     if missing:
         text = "%d pictures have no %s file, their %s stays as it was: %s"
-        log.warning(text, len(missing), suffix, member, _some(missing))
+        log.warning(text, len(missing), suffix, member, some(missing))
     write_metadata(config.out_json, metadata)
-    log.info("%s: %d entries, %d with a new %s", config.out_json, len(metadata), len(pictures) - len(missing), member)
+    log.info("%s: %d entries, %d texts put in", config.out_json, len(metadata), len(pictures) - len(missing))
 
 
 def _start(config: TextMergeConfig) -> Metadata:
@@ -74,7 +72,7 @@ def merge_texts(
     keys = [picture if full_path else Path(picture).stem for picture in pictures]
     twice = [key for key, count in Counter(keys).items() if count > 1]
     if twice:
-        log.warning("pictures that differ in their ending alone share an entry: %s", _some(twice))
+        log.warning("pictures that differ in their ending alone share an entry: %s", some(twice))
     missing = []
     for key, picture in progress(list(zip(keys, pictures, strict=True)), "texts"):
         entry = metadata.setdefault(key, {})
@@ -86,7 +84,3 @@ def merge_texts(
         if debug:
             log.info("%s: %s", key, entry[member])
     return missing
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -91,7 +91,7 @@ class DatasetConfig:
     )
     on_bad_image: str = option(
         "error",
-        "what an unreadable picture does: stop the run, or be left out (every picture is then read once at the start)",
+        "what an unreadable picture does: stop the run before it starts, or be left out",
         choices=("error", "skip"),
     )
     debug_dataset: bool = option(
