@@ -33,6 +33,7 @@ STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 # No request leaves the page, whatever its texts hold.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 LONG_CAPTION = 160
+LONG_CELL = 40
 LEVELS = ("info", "good", "warning", "error")
 
 Picture = Any  # bytes of a PNG, JPEG, WebP or GIF file, or a Pillow image
@@ -261,7 +262,8 @@ def _cell(value: Any) -> str:
 
 def _table_cell(value: Any) -> str:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return f"<td{' class=amount' if is_number else ''}>{_cell(value)}</td>"
+    look = " class=amount" if is_number else " class=long" if len(str(value)) > LONG_CELL else ""
+    return f"<td{look}>{_cell(value)}</td>"
 
 
 def _more(count: int, limit: int | None) -> str:
