@@ -16,6 +16,7 @@ CASES = sorted(path.parent.name for path in FOLDER.glob("*/case.json"))
 def test_the_cases_of_this_scope_are_there() -> None:
     assert {"sd15_lora", "sd15_lora_conv_snr_accum", "sd15_lora_weighted_captions", "sd21_lora_v"} <= set(CASES)
     assert {"sdxl_lora", "sdxl_lora_cached_text", "sdxl_oft"} <= set(CASES)
+    assert {"sd15_db", "sd15_fine_tune", "sdxl_train_block_lr", "sdxl_train_text"} <= set(CASES)
 
 
 @pytest.mark.parametrize("name", CASES)
