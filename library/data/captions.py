@@ -9,13 +9,17 @@ from __future__ import annotations
 import math
 import random
 import re
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from library.data.records import SubsetSettings
 
 Replacement = tuple[str, str | list[str]]
 
+# A caption of more forms than this is not cached.
+MOST_VARIANTS = 64
 _BRACES = re.compile(r"\{\{|\}\}|\{([^}]+?)\}")
 
 
@@ -57,10 +61,56 @@ def process(
     return caption
 
 
-def fixed(caption: str, subset: SubsetSettings, replacements: Sequence[Replacement] = ()) -> str:
-    """The caption as every step sees it, for subsets that change nothing by chance: what a text cache encodes."""
+def fixed(
+    caption: str,
+    subset: SubsetSettings,
+    replacements: Sequence[Replacement] = (),
+    rng: random.Random | None = None,
+) -> str:
+    """The caption as every step sees it, for subsets that change nothing by chance but wildcards.
+
+    Args:
+        rng: draws one of the `variants`; None: the first.
+    """
     subset = replace(subset, caption_dropout_every_n_epochs=0)
-    return process(caption, subset, random.Random(0), epoch=1, step=0, max_train_steps=0, replacements=replacements)
+    rng = rng or _Path(())
+    return process(caption, subset, rng, epoch=1, step=0, max_train_steps=0, replacements=replacements)
+
+
+def variants(caption: str, subset: SubsetSettings, replacements: Sequence[Replacement] = ()) -> list[str]:
+    """Every caption that wildcards and several lines can give, the first one first; what a text cache encodes.
+
+    Returns:
+        the captions; none if there are more than `MOST_VARIANTS`.
+    """
+    if not subset.enable_wildcard:
+        return [fixed(caption, subset, replacements)]
+    found: dict[str, None] = {}
+    open_paths = deque([_Path(())])
+    while open_paths:
+        path = open_paths.popleft()
+        found[fixed(caption, subset, replacements, path)] = None
+        open_paths += path.others
+        if len(found) + len(open_paths) > MOST_VARIANTS:
+            return []
+    return list(found)
+
+
+class _Path(random.Random):
+    """Makes given choices, then the first ones, and notes the paths that would choose otherwise there."""
+
+    def __init__(self, choices: tuple[int, ...]) -> None:
+        super().__init__(0)
+        self.choices = choices
+        self.made: tuple[int, ...] = ()
+        self.others: list[_Path] = []
+
+    def choice(self, seq: Sequence[Any]) -> Any:
+        given = len(self.made) < len(self.choices)
+        if not given:
+            self.others += [_Path((*self.made, other)) for other in range(1, len(seq))]
+        self.made += (self.choices[len(self.made)] if given else 0,)
+        return seq[self.made[-1]]
 
 
 def with_affixes(caption: str, subset: SubsetSettings) -> str:

@@ -41,7 +41,7 @@ class Dataset(torch.utils.data.Dataset):
         num_train_images, num_reg_images, tag_frequency, image_counts: see `ScanResult`.
         replacements: (from, to) pairs applied to captions in this order; see `add_replacement`.
         memory_latents: latents kept in memory, by item, filled by `library.data.cache`.
-        memory_text: the same of text outputs, filled by `library.data.text_cache`.
+        memory_text: text outputs in memory by caption, filled by `library.data.text_cache`.
     """
 
     def __init__(self, settings: DatasetSettings, scan: ScanResult, *, tokenize: Tokenize | None, seed: int) -> None:
@@ -71,7 +71,7 @@ class Dataset(torch.utils.data.Dataset):
         self.image_counts = list(scan.image_counts)
         self.replacements: list[tuple[str, str | list[str]]] = []
         self.memory_latents: list[CachedLatents | None] | None = None
-        self.memory_text: list[CachedText] | None = None
+        self.memory_text: dict[str, CachedText] | None = None
         self.max_train_steps = 0
         self.current_epoch = 0
         self.current_step = 0
@@ -154,9 +154,9 @@ class Dataset(torch.utils.data.Dataset):
             flipped = subset.flip_aug and draw.random() < 0.5
             try:
                 samples.append(self._sample(index, item, subset, draw, flipped))
-                encoded.append(self._cached_text(index, item))
-                fixed = encoded[-1] is not None
-                texts.append(self.fixed_caption(item) if fixed else self._caption(item, subset, epoch, step, place))
+                text, outputs = self._text(item, subset, epoch, step, place)
+                texts.append(text)
+                encoded.append(outputs)
             except UserError:
                 raise
             except Exception as error:
@@ -200,17 +200,32 @@ class Dataset(torch.utils.data.Dataset):
         )
 
     def fixed_caption(self, item: Item) -> str:
-        """The item's caption where nothing changes it by chance; what a text cache encodes."""
+        """The item's caption where nothing changes it by chance."""
         return captions.fixed(item.caption, self.subsets[item.subset], self._replacements(item))
+
+    def caption_variants(self, item: Item) -> list[str]:
+        """All captions that the item can have where only wildcards change it: what a text cache encodes.
+
+        Empty if there are too many (`library.data.captions.MOST_VARIANTS`).
+        """
+        return captions.variants(item.caption, self.subsets[item.subset], self._replacements(item))
+
+    def _text(
+        self, item: Item, subset: SubsetSettings, epoch: int, step: int, place: str
+    ) -> tuple[str, CachedText | None]:
+        """This time's caption, and its cached outputs if there are any."""
+        if self.memory_text is None and item.text_npz is None:
+            return self._caption(item, subset, epoch, step, place), None
+        draw = python_stream(self.seed, "caption", epoch, place) if subset.enable_wildcard else None
+        text = captions.fixed(item.caption, subset, self._replacements(item), draw)
+        if self.memory_text is not None:
+            return text, self.memory_text[text]
+        assert item.text_npz is not None
+        return text, read_text(item.text_variants[text] if item.text_variants else item.text_npz)
 
     def _replacements(self, item: Item) -> list[tuple[str, str | list[str]]]:
         """Regularisation pictures show the class, not what is learned: their captions stay."""
         return [] if item.is_reg else self.replacements
-
-    def _cached_text(self, index: int, item: Item) -> CachedText | None:
-        if self.memory_text is not None:
-            return self.memory_text[index]
-        return None if item.text_npz is None else read_text(item.text_npz)
 
     def _sample(self, index: int, item: Item, subset: SubsetSettings, draw: random.Random, flipped: bool) -> Sample:
         cached = self._cached(index, item)
@@ -306,15 +321,16 @@ class Dataset(torch.utils.data.Dataset):
         return not any(subset.color_aug or subset.random_crop for subset in self.subsets)
 
     def is_text_encoder_output_cacheable(self) -> bool:
-        """No subset changes captions from one time to the next."""
-        return not any(
+        """No subset changes captions in more than a few ways."""
+        changing = any(
             subset.caption_dropout_rate > 0
             or subset.shuffle_caption
             or subset.token_warmup_step > 0
             or subset.caption_tag_dropout_rate > 0
-            or subset.enable_wildcard
             for subset in self.subsets
         )
+        drawn = [item for item in self.items if self.subsets[item.subset].enable_wildcard]
+        return not changing and all(self.caption_variants(item) for item in drawn)
 
     def verify_bucket_reso_steps(self, min_steps: int) -> None:
         """Refuse bucket steps that the model's U-Net cannot take."""

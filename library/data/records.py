@@ -107,6 +107,7 @@ class Item:
         resized: size before the crop, set by the bucket maker.
         latents_npz: latent cache file, set by the cache.
         text_npz: text output cache file, set by the cache.
+        text_variants: caption -> such a file, where the picture has several captions.
         orientation: how the stored pixels are turned, see `library.data.orientation`; 1: not at all.
         train_size: bucket that its metadata ask for.
         conditioning: picture beside it: what a ControlNet is shown, or else a mask of the loss.
@@ -124,6 +125,7 @@ class Item:
     resized: Size | None = None
     latents_npz: str | None = None
     text_npz: str | None = None
+    text_variants: dict[str, str] | None = None
     orientation: int = 1
     train_size: Size | None = None
     conditioning: str | None = None

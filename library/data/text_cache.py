@@ -15,10 +15,12 @@ import torch
 
 from library.data.cache import CacheReport, Share, remove_leftovers
 from library.data.cacher import WriteBehind
+from library.data.captions import MOST_VARIANTS
 from library.data.dataset import Dataset
 from library.data.latents_file import VALID
+from library.data.records import Item
 from library.data.text_file import FOREIGN, SUFFIX, CachedText, TextOrigin, judge, key_text, write_text
-from library.messages import Progress, UserError, log
+from library.messages import Progress, UserError, log, some
 
 EncodeText = Callable[[list[str]], CachedText]
 
@@ -29,7 +31,6 @@ CHANGING = (
     "shuffle_caption",
     "token_warmup_step",
     "caption_tag_dropout_rate",
-    "enable_wildcard",
 )
 
 
@@ -78,6 +79,13 @@ def require_fixed_captions(datasets: Sequence[Any]) -> None:
                 )
             if subset.caption_dropout_every_n_epochs:
                 log.warning("caption_dropout_every_n_epochs has no effect: the text outputs are cached")
+        many = [item.path for item in dataset.items if not dataset.caption_variants(item)]
+        if many:
+            raise UserError(
+                f"text outputs cannot be cached: {len(many)} captions have more than {MOST_VARIANTS} forms "
+                f"({some(many)})",
+                "give them fewer {a|b} or lines, or leave --cache_text_encoder_outputs out",
+            )
 
 
 def cache_text_outputs(
@@ -138,25 +146,31 @@ def cache_text_outputs(
             )
     for task in tasks:
         for dataset, index in task.users:
-            dataset.items[index].text_npz = task.file
+            _link(dataset, dataset.items[index], task)
     log.info("%s", report)
     return report
+
+
+def _link(dataset: Dataset, item: Item, task: Task) -> None:
+    """Tell an item the file of its caption, or of one of its captions."""
+    item.text_npz = task.path
+    if dataset.subsets[item.subset].enable_wildcard:
+        item.text_variants = {**(item.text_variants or {}), task.caption: task.path}
 
 
 def text_tasks(datasets: Sequence[Dataset]) -> list[list[Task]]:
     """Every caption of every picture once, with its file; those of one file name stand together.
 
-    A picture with two captions (two folders of one data-set file that are the same) gets a second file name, and so
-    do two pictures that differ in extension alone.
+    A picture with two captions (lines and wildcards, or two folders of one data-set file that are the same) gets a
+    second file name, and so do two pictures that differ in extension alone.
     """
     by_stem: dict[str, dict[str, Task]] = {}
     for dataset in datasets:
         for index, item in enumerate(dataset.items):
             stem = os.path.splitext(os.path.abspath(item.path))[0]
-            caption = dataset.fixed_caption(item)
             same = by_stem.setdefault(stem, {})
-            task = same.setdefault(caption, Task(caption))
-            task.users.append((dataset, index))
+            for caption in dataset.caption_variants(item):
+                same.setdefault(caption, Task(caption)).users.append((dataset, index))
     for stem, same in by_stem.items():
         for number, task in enumerate(same.values()):
             mark = hashlib.blake2b(task.caption.encode(), digest_size=4).hexdigest()
@@ -204,7 +218,10 @@ def _encode_all(
 
 
 def _cache_in_memory(datasets: Sequence[Dataset], encode: EncodeText, batch_size: int) -> CacheReport:
-    texts = [[dataset.fixed_caption(item) for item in dataset.items] for dataset in datasets]
+    texts = [
+        list(dict.fromkeys(text for item in dataset.items for text in dataset.caption_variants(item)))
+        for dataset in datasets
+    ]
     unique = list(dict.fromkeys(text for members in texts for text in members))
     by_text: dict[str, CachedText] = {}
     _encode_all(unique, encode, batch_size, by_text.__setitem__)
@@ -216,7 +233,7 @@ def _cache_in_memory(datasets: Sequence[Dataset], encode: EncodeText, batch_size
     )
     place = {text: number for number, text in enumerate(unique)}
     for dataset, members in zip(datasets, texts, strict=True):
-        dataset.memory_text = [stacked.row(place[text]) for text in members] if stacked is not None else None
+        dataset.memory_text = {text: stacked.row(place[text]) for text in members} if stacked is not None else None
     report = CacheReport("text output cache", made=len(unique))
     log.info("%s", report)
     return report

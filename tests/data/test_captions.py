@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from library.data.captions import process, tags_of, with_affixes
+from library.data.captions import fixed, process, tags_of, variants, with_affixes
 from library.data.records import SubsetSettings
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -115,6 +115,29 @@ def test_a_caption_is_left_alone_when_nothing_is_set(caption: str) -> None:
 
 def test_prefix_and_suffix_stand_around_the_caption() -> None:
     assert with_affixes("cat", SubsetSettings(caption_prefix="a", caption_suffix="here")) == "a cat here"
+
+
+@pytest.mark.parametrize(
+    ("caption", "found"),
+    [
+        ("plain {{x}}", ["plain {x}"]),
+        ("{a|b} c", ["a c", "b c"]),
+        ("{a|b}{c|d}", ["ac", "bc", "ad", "bd"]),
+        ("{a|a}", ["a"]),
+        ("one {x|y}\ntwo", ["one x", "two", "one y"]),
+    ],
+)
+def test_all_forms_of_a_caption(caption: str, found: list[str]) -> None:
+    subset = SubsetSettings(enable_wildcard=True)
+    assert variants(caption, subset) == found
+    drawn = {fixed(caption, subset, (), random.Random(seed)) for seed in range(60)}
+    assert drawn == set(found) and fixed(caption, subset) == found[0]
+    assert variants(caption, SubsetSettings()) == [caption.split("\n")[0]]
+
+
+def test_too_many_forms_are_not_listed() -> None:
+    assert len(variants("{a|b}" * 6, SubsetSettings(enable_wildcard=True))) == 64
+    assert variants("{a|b}" * 7, SubsetSettings(enable_wildcard=True)) == []
 
 
 def test_tags_are_lower_case_and_never_empty() -> None:

@@ -230,7 +230,8 @@ def test_group_as_a_map_of_batches(shapes, make_group):
         ({"caption_dropout_rate": 0.1}, True, False),
         ({"caption_tag_dropout_rate": 0.1}, True, False),
         ({"token_warmup_step": 3}, True, False),
-        ({"enable_wildcard": True}, True, False),
+        ({"enable_wildcard": True}, True, True),
+        ({"enable_wildcard": True, "caption_suffix": "{a|b|c|d}" * 4}, True, False),
     ],
 )
 def test_what_can_be_cached(shapes, make_group, settings, latents, captions):

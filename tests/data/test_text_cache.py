@@ -203,7 +203,6 @@ def test_a_kill_leaves_the_old_file_or_the_new_one(shapes, make_group, monkeypat
         {"shuffle_caption": True},
         {"token_warmup_step": 3},
         {"caption_tag_dropout_rate": 0.1},
-        {"enable_wildcard": True},
     ],
 )
 def test_captions_that_change_are_refused(setting, shapes, make_group):
@@ -212,6 +211,32 @@ def test_captions_that_change_are_refused(setting, shapes, make_group):
     with pytest.raises(UserError, match=rf"cannot be cached with {name}, which .*shapes uses.*turn off {name}"):
         cache_text_outputs(group.datasets, Encoder(), ORIGIN)
     assert not group.is_text_encoder_output_cacheable()
+
+
+@pytest.mark.parametrize("to_disk", [False, True])
+def test_every_caption_of_a_picture_is_encoded(to_disk, shapes, make_group):
+    for path in shapes.glob("*.txt"):
+        path.write_text(f"{path.stem} {{red|blue}}\n{path.stem} alone")
+    group, encoder = make_group(shapes, enable_wildcard=True, num_repeats=12, batch_size=4), Encoder()
+    cache_text_outputs(group.datasets, encoder, ORIGIN, to_disk=to_disk)
+    assert len(encoder.captions) == 3 * 6 and "{" not in "".join(encoder.captions)
+    seen = set()
+    for batch in batches(group):
+        seen |= set(batch["captions"])
+        for row, text in enumerate(batch["captions"]):
+            assert torch.equal(batch["text_encoder_pool2_list"][row], Encoder()([text]).row(0).pooled)
+    assert seen == set(encoder.captions)
+    assert len(list(shapes.glob(f"*{SUFFIX}"))) == (18 if to_disk else 0)
+    again = Encoder()
+    cache_text_outputs(make_group(shapes, enable_wildcard=True).datasets, again, ORIGIN, to_disk=to_disk)
+    assert len(again.captions) == (0 if to_disk else 18)
+
+
+def test_captions_of_too_many_forms_name_their_picture(shapes, make_group):
+    path = sorted(shapes.glob("*.txt"))[0]
+    path.write_text("{a|b|c|d} {e|f|g|h} {i|j|k|l} {m|n}")
+    with pytest.raises(UserError, match=f"1 captions have more than 64 forms .*{path.stem}"):
+        cache_text_outputs(make_group(shapes, enable_wildcard=True).datasets, Encoder(), ORIGIN)
 
 
 def test_dropout_every_n_epochs_is_told_to_do_nothing(shapes, make_group, caplog):
