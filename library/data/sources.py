@@ -27,7 +27,12 @@ MOST_REPEATS = 1_000_000
 
 
 def scan_all(
-    datasets: Sequence[DatasetSettings], *, seed: int = 0, skip_broken: bool = False, check_pixels: bool | None = None
+    datasets: Sequence[DatasetSettings],
+    *,
+    seed: int = 0,
+    skip_broken: bool = False,
+    check_pixels: bool | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> list[ScanResult]:
     """`scan` of several data sets; files that cannot be used are named together.
 
@@ -37,7 +42,7 @@ def scan_all(
     results, broken = [], []
     for settings in datasets:
         try:
-            results.append(scan(settings, seed=seed, skip_broken=skip_broken, check_pixels=check_pixels))
+            results.append(scan(settings, seed=seed, skip_broken=skip_broken, check_pixels=check_pixels, share=share))
         except UnreadableFiles as error:
             broken += error.files
     if broken:
@@ -46,7 +51,12 @@ def scan_all(
 
 
 def scan(
-    settings: DatasetSettings, *, seed: int = 0, skip_broken: bool = False, check_pixels: bool | None = None
+    settings: DatasetSettings,
+    *,
+    seed: int = 0,
+    skip_broken: bool = False,
+    check_pixels: bool | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> ScanResult:
     """The pictures of one data set.
 
@@ -55,6 +65,8 @@ def scan(
         seed: decides which pictures are held out where `validation_seed` is not set.
         skip_broken: leave out pictures that cannot be read instead of stopping.
         check_pixels: decode every picture once; as `skip_broken` when left out.
+        share: (number of this process, how many there are): the pictures that stop the run are decoded in turns, so
+            that each process takes its part of the time. Where they are left out, all must know all of them.
 
     Raises:
         UserError: no resolution, a setting out of range, or pictures, captions or metadata that cannot be used; it
@@ -70,7 +82,7 @@ def scan(
     elif settings.resolution is None:
         raise _no_resolution()
     broken += _add_conditioning(settings, found, result, skip_broken=skip_broken)
-    broken += _check_pixels(found) if check_pixels else []
+    broken += _check_pixels(found, (0, 1) if skip_broken else share) if check_pixels else []
     if broken and not skip_broken:
         raise UnreadableFiles.of(broken)
     result.broken = broken
@@ -131,11 +143,12 @@ def _add_conditioning(
     return added.broken
 
 
-def _check_pixels(found: dict[int, Found]) -> list[str]:
+def _check_pixels(found: dict[int, Found], share: tuple[int, int]) -> list[str]:
     """Decode every picture that is read from its file, and its conditioning picture; returns what is broken."""
     items = [item for one in found.values() for item in one.items]
     pictures = [item.path for item in items if item.latents_npz is None]
-    bad = unreadable([*pictures, *(item.conditioning for item in items if item.conditioning is not None)])
+    pictures += [item.conditioning for item in items if item.conditioning is not None]
+    bad = unreadable(pictures[share[0] :: share[1]])
     _leave_out(found, [item for item in items if item.path in bad or item.conditioning in bad])
     return list(bad.values())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,7 +53,9 @@ def build_data(options: Resolved, support: Support, tokenizers: list[Any], seed:
     paired = any(subset.conditioning_data_dir for one in settings for subset in one.subsets)
     # caching latents reads every picture before the first step anyway
     check = skip or paired or not options.dataset.cache_latents
-    scans = sources.scan_all(settings, seed=seed, skip_broken=skip, check_pixels=check)
+    # as the launcher sets them; the accelerator may not be there yet
+    share = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    scans = sources.scan_all(settings, seed=seed, skip_broken=skip, check_pixels=check, share=share)
     for note in [note for result in scans for note in result.notes]:
         log.info("%s", note)
     sources.require_pictures(settings, scans)

@@ -144,3 +144,17 @@ def test_a_picture_that_changes_or_goes_later_is_one_clear_line(tmp_path: Path, 
         with pytest.raises(UserError, match=says) as error:
             list(make_loader(group, group.plan(1, 1), workers=workers))
         assert "\n" not in str(error.value) and error.value.remedy
+
+
+def test_processes_share_the_reading(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "text.jpg").unlink()
+    reads = Reads(monkeypatch)
+    told = 0
+    for number in (0, 1):
+        try:
+            scan(settings(folder), check_pixels=True, share=(number, 2))
+        except UserError as error:
+            told += "cut.png" in str(error)
+    assert (told, reads.take()) == (1, ["a.png", "b.png", "cut.png"])
+    for number in (0, 1):  # what is left out must be known to all
+        assert len(scan(settings(folder), skip_broken=True, share=(number, 2)).items) == 2
