@@ -111,7 +111,7 @@ class MovingAverage:
     def state(self) -> tuple[int, dict[str, torch.Tensor]]:
         """(updates, tensors by number) from which `load_state` goes on exactly."""
         self.settle()
-        return self.updates, {f"{index:05d}": average for index, average in enumerate(self.averages)}
+        return self.updates, {f"{index:05d}": average.cpu().contiguous() for index, average in enumerate(self.averages)}
 
     def load_state(self, updates: int, tensors: dict[str, torch.Tensor]) -> None:
         """Go on from `state()`.
