@@ -239,6 +239,22 @@ def test_corrupt_picture(door: Door, damage: str, cached: tuple[str, ...]) -> No
     door.refuses(TRAIN, *cached, data=data, says="1_thing/1.png|replace or remove the file")
 
 
+def test_several_bad_pictures_and_keys_are_a_line_each(door: Door) -> None:
+    """A head that counts them, then each in a line of its own; nothing is said after that."""
+    data = door.pictures()
+    for name in ("8.png", "9.jpg"):
+        (data / "1_thing" / name).write_bytes(b"no picture")
+    file = door.file("data.toml", GOOD.format(data) + "numrepeats = 1\nflip_aug = 3\n")
+    for given, head, places in (
+        ((), "error: cannot read 2 files: replace or remove them", ("1_thing/8.png (", "1_thing/9.jpg (")),
+        (("--dataset_config", file), f"error: {file} has 2 problems", ("line 5: datasets[0]", "line 6: datasets[0]")),
+    ):
+        code, text = door.run(TRAIN, *given, data=data)
+        lines = text.splitlines()[-3:]
+        assert code == 1 and lines[0].startswith(head) and "Traceback" not in text
+        assert all(line.startswith("  ") and place in line for line, place in zip(lines[1:], places, strict=True))
+
+
 def test_no_resolution(door: Door) -> None:
     door.refuses(TRAIN, "--resolution", "many", says="--resolution many cannot be read|768,512")
 

@@ -62,7 +62,9 @@ def unreadable(paths: Sequence[str]) -> dict[str, str]:
         whole = {_name(path): state for path in members if path not in bad and (state := states[path]) is not None}
         whole = {name: state for name, state in whole.items() if max(state[1:]) < settled}
         if any(known[folder].get(name) != state for name, state in whole.items()):
-            _remember(folder, {**known[folder], **whole})
+            # names of earlier runs stay unless they outnumber those of this one
+            before = known[folder] if len(known[folder]) <= 2 * len(members) else {}
+            _remember(folder, {**before, **whole})
     return bad
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,17 @@ def test_what_was_read_whole_is_not_read_again(
     assert reads.take() == ["a.png", "b.png", "cut.png"]
     assert bad[str(folder / "b.png")] == str(folder / "b.png")
     assert len(bad) == 3
+
+
+def test_the_memory_forgets_what_is_gone(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SD_TOOLKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(picture_check, "FRESH_SECONDS", -1.0)
+    for number in range(4):
+        (folder / "a.png").rename(folder / f"a{number}.png")
+        unreadable([str(folder / f"a{number}.png")])
+        (folder / f"a{number}.png").rename(folder / "a.png")
+    (file,) = (tmp_path / "cache" / "picture_checks").iterdir()
+    assert json.loads(file.read_text(encoding="utf-8")).keys() == {"a3.png"}
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"a.png": 3}'])
