@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from library.data.image_size import Size, size_and_orientation
+from library.data.image_size import OPEN_FLAGS, Size, facts_of_open_file
 from library.data.listing import map_files
 from library.messages import UserError, log
 from library.runtime.files import atomic_write, user_cache_folder
@@ -26,10 +26,16 @@ from library.runtime.files import atomic_write, user_cache_folder
 # (size as stored, EXIF orientation); pictures that agree in both share one.
 Facts = tuple[Size, int]
 
+# Size, and times of modification and of status change in nanoseconds, of a file.
+State = tuple[int, int, int]
+Entry = tuple[str, State, Facts]
+
 # Smaller folders are read sooner than an index file is.
 FEWEST = 64
 # A file that changed so short a time ago may change again without its times showing it.
 FRESH_SECONDS = 2.0
+# Files that are looked at in one go.
+PART = 16
 _MARK = f"picture sizes 1 {sys.byteorder}\n".encode()
 # Checksum of what follows; bytes of the names; numbers of pictures and of different facts.
 _HEADER = struct.Struct("<Iqqq")
@@ -46,10 +52,9 @@ class _Index:
     places: array = field(default_factory=lambda: array("q"))
     table: list[Facts] = field(default_factory=list)
 
-    def add(self, name: str, state: tuple[int, int, int], place: int) -> None:
-        self.names.append(name)
-        for column, value in zip((self.sizes, self.modified, self.changed, self.places), (*state, place), strict=True):
-            column.append(value)
+    def entry(self, at: int) -> Entry:
+        state = self.sizes[at], self.modified[at], self.changed[at]
+        return self.names[at], state, self.table[self.places[at]]
 
 
 def picture_facts(folder: str | os.PathLike[str], names: Sequence[str]) -> list[Facts | OSError]:
@@ -70,17 +75,16 @@ def picture_facts(folder: str | os.PathLike[str], names: Sequence[str]) -> list[
         return found  # type: ignore[return-value]
     prefix = os.path.join(folder, "")
     fresh = (time.time() - FRESH_SECONDS) * 1e9
-    states: dict[str, tuple[int, int, int]] = {}
+    states: dict[str, State] = {}
 
     def read(position: int) -> Facts | OSError:
         name = names[position]
         try:
-            state = os.stat(prefix + name)  # before the file is read, so that a later change shows
-            facts = size_and_orientation(prefix + name)
+            facts, state = _read_file(prefix + name)
         except OSError as error:
             return error
-        if max(state.st_mtime_ns, state.st_ctime_ns) < fresh:
-            states[name] = (state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+        if state[1] < fresh and state[2] < fresh:
+            states[name] = state
         return facts
 
     shared: dict[Facts, Facts] = {facts: facts for facts in known.table}
@@ -103,6 +107,16 @@ def facts_of_paths(paths: Iterable[str]) -> dict[str, Facts | OSError]:
     return result
 
 
+def _read_file(path: str) -> tuple[Facts, State]:
+    """What a picture file says, and its state before it was read, so that a later change shows."""
+    handle = os.open(path, OPEN_FLAGS)
+    try:
+        state = os.fstat(handle)
+        return facts_of_open_file(handle, path), (state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+    finally:
+        os.close(handle)
+
+
 def _unchanged(folder: str | os.PathLike[str], names: Sequence[str], known: _Index) -> list[Facts | None]:
     """The known facts of files that did not change."""
     if not known.names:
@@ -112,22 +126,32 @@ def _unchanged(folder: str | os.PathLike[str], names: Sequence[str], known: _Ind
     if os.stat in os.supports_dir_fd:  # spares the system the way through the folders above
         prefix, handle = "", os.open(folder, os.O_RDONLY)
 
-    def check(entry: tuple[str, int | None]) -> Facts | None:
-        name, at = entry
-        if at is None:
-            return None
-        try:
-            state = os.stat(prefix + name, dir_fd=handle)
-        except OSError:
-            return None
-        same = state.st_size == sizes[at] and state.st_mtime_ns == modified[at] and state.st_ctime_ns == changed[at]
-        return table[places[at]] if same else None
+    def check(part: range) -> list[Facts | None]:
+        # one loop without a call for each file: this is most of a second start
+        found: list[Facts | None] = []
+        for name, at in zip(names[part.start : part.stop], where[part.start : part.stop], strict=True):
+            facts = None
+            try:
+                state = os.stat(prefix + name, dir_fd=handle)
+                if (
+                    at is not None
+                    and state.st_mtime_ns == modified[at]
+                    and state.st_size == sizes[at]
+                    and state.st_ctime_ns == changed[at]
+                ):
+                    facts = table[places[at]]
+            except OSError:
+                pass
+            found.append(facts)
+        return found
 
-    at: Iterable[int | None] = range(len(names))
+    where: Sequence[int | None] = range(len(names))
     if known.names != names:
-        at = map(dict(zip(known.names, range(len(known.names)), strict=True)).get, names)
+        place_of = dict(zip(known.names, range(len(known.names)), strict=True))
+        where = [place_of.get(name) for name in names]
     try:
-        return map_files(check, list(zip(names, at, strict=True)))
+        parts = [range(start, min(start + PART, len(names))) for start in range(0, len(names), PART)]
+        return [facts for part in map_files(check, parts, PART) for facts in part]
     finally:
         if handle is not None:
             os.close(handle)
@@ -137,32 +161,27 @@ def _merged(
     known: _Index,
     names: Sequence[str],
     found: Sequence[Facts | OSError | None],
-    states: dict[str, tuple[int, int, int]],
+    states: dict[str, State],
     unknown: set[str],
 ) -> _Index:
     """The index with what was read now; names of earlier runs stay unless they outnumber those of this one."""
-    asked = set(names)
-    others = [at for at, name in enumerate(known.names) if name not in asked]
-    before = {name: at for at, name in enumerate(known.names) if name in asked}
-    merged = _Index()
+    entries = [(n, states[n], f) for n, f in zip(names, found, strict=True) if n in states and isinstance(f, tuple)]
+    if known.names:
+        asked = set(names)
+        kept = [at for at, name in enumerate(known.names) if name in asked and name not in unknown]
+        others = [at for at, name in enumerate(known.names) if name not in asked]
+        entries += [known.entry(at) for at in kept + (others if len(others) <= len(names) else [])]
+        entries.sort()
     places: dict[Facts, int] = {}
-
-    def add(name: str, state: tuple[int, int, int], facts: Facts) -> None:
-        merged.add(name, state, places.setdefault(facts, len(places)))
-
-    def add_known(at: int) -> None:
-        state = known.sizes[at], known.modified[at], known.changed[at]
-        add(known.names[at], state, known.table[known.places[at]])
-
-    for name, facts in zip(names, found, strict=True):
-        if name not in unknown:
-            add_known(before[name])
-        elif name in states and isinstance(facts, tuple):
-            add(name, states[name], facts)
-    for at in others if len(others) <= len(names) else ():
-        add_known(at)
-    merged.table = list(places)
-    return merged
+    for _, _, facts in entries:
+        places.setdefault(facts, len(places))
+    columns = ([state[number] for _, state, _ in entries] for number in range(3))
+    return _Index(
+        [name for name, _, _ in entries],
+        *(array("q", column) for column in columns),
+        array("q", [places[facts] for _, _, facts in entries]),
+        list(places),
+    )
 
 
 def _index_file(folder: str | os.PathLike[str]) -> Path | None:

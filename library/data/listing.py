@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -109,12 +110,31 @@ def glob_images_pathlib(dir_path: Path, recursive: bool) -> list[Path]:
     return sorted(path for path in walked if is_picture(path.name) and not path.is_dir())
 
 
-def map_files(function: Callable[[Argument], Result], arguments: Sequence[Argument]) -> list[Result]:
-    """Apply a function that opens files: one after the other, or in threads where the first ones were slow."""
-    trial, rest = arguments[:_TRIALS], arguments[_TRIALS:]
+def map_files(function: Callable[[Argument], Result], arguments: Sequence[Argument], files: int = 1) -> list[Result]:
+    """Apply a function that opens files: one after the other, or in threads where the first ones were slow.
+
+    Args:
+        files: how many it opens.
+    """
+    count = max(1, _TRIALS // files)
+    trial, rest = arguments[:count], arguments[count:]
     start = time.perf_counter()
     results = [function(argument) for argument in trial]
-    if not rest or time.perf_counter() - start < SLOW_FILE_SECONDS * len(trial):
+    if not rest or time.perf_counter() - start < SLOW_FILE_SECONDS * len(trial) * files:
         return results + [function(argument) for argument in rest]
     with ThreadPoolExecutor(16) as pool:
         return results + list(pool.map(function, rest))
+
+
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """No search for cyclic garbage meanwhile: it would go through all new records again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.freeze()  # and back at once: what was made counts as old, and need not be looked through now
+            gc.unfreeze()
+            gc.enable()

@@ -18,7 +18,7 @@ SIDEWAYS = frozenset({5, 6, 7, 8})
 _TAG = 0x0112
 # TIFF type of a whole number -> its bytes.
 _WIDTHS = {1: 1, 3: 2, 4: 4}
-_EXIF = b"Exif\0\0"
+EXIF = b"Exif\0\0"
 _FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0)
 _HEAD = 448
 _MOST_TAGS = 512
@@ -27,23 +27,33 @@ _WEBP_CHUNK = Struct("<4sI").unpack
 
 
 class Bytes:
-    """Any part of an open file; the first bytes are at hand.
+    """Any part of an open file; some bytes are at hand.
 
     Attributes:
-        head: the file's first bytes.
+        head: these bytes.
         handle: the file, as `os.open` gives it.
+        base: where `head` starts in the file.
     """
 
-    def __init__(self, head: bytes, handle: int) -> None:
+    def __init__(self, head: bytes, handle: int, base: int = 0) -> None:
         self.head = head
         self.handle = handle
+        self.base = base
 
     def at(self, start: int, count: int) -> bytes:
         """`count` bytes from `start` on, fewer at the end of the file."""
-        if start + count <= len(self.head):
-            return self.head[start : start + count]
-        os.lseek(self.handle, start, os.SEEK_SET)
-        return os.read(self.handle, count)
+        offset = start - self.base
+        if offset >= 0 and offset + count <= len(self.head):
+            return self.head[offset : offset + count]
+        return read_at(self.handle, count, start)
+
+
+def read_at(handle: int, count: int, start: int) -> bytes:
+    """`count` bytes of an open file from `start` on, fewer at its end."""
+    if hasattr(os, "pread"):
+        return os.pread(handle, count, start)
+    os.lseek(handle, start, os.SEEK_SET)
+    return os.read(handle, count)
 
 
 def orientation_of(path: str | os.PathLike[str]) -> int:
@@ -105,8 +115,8 @@ def _in_jpeg(data: Bytes) -> int:
             offset += 2
         elif marker in (0xD9, 0xDA):
             return AS_STORED
-        elif marker == 0xE1 and start[4:10] == _EXIF:
-            return _in_tiff(data, offset + 10)
+        elif marker == 0xE1 and start[4:10] == EXIF:
+            return orientation_in_tiff(data, offset + 10)
         else:
             offset += 2 + max(2, start[2] << 8 | start[3])
 
@@ -116,7 +126,7 @@ def _in_png(data: Bytes) -> int:
     while len(start := data.at(offset, 8)) == 8:
         length, kind = _PNG_CHUNK(start)
         if kind == b"eXIf":
-            return _in_tiff(data, offset + 8)
+            return orientation_in_tiff(data, offset + 8)
         if kind in (b"IDAT", b"IEND"):
             break
         offset += 12 + length
@@ -128,13 +138,13 @@ def _in_webp(data: Bytes) -> int:
     while len(start := data.at(offset, 8)) == 8:
         kind, length = _WEBP_CHUNK(start)
         if kind == b"EXIF":
-            prefix = len(_EXIF) if data.at(offset + 8, len(_EXIF)) == _EXIF else 0
-            return _in_tiff(data, offset + 8 + prefix)
+            prefix = len(EXIF) if data.at(offset + 8, len(EXIF)) == EXIF else 0
+            return orientation_in_tiff(data, offset + 8 + prefix)
         offset += 8 + length + length % 2
     return AS_STORED
 
 
-def _in_tiff(data: Bytes, start: int) -> int:
+def orientation_in_tiff(data: Bytes, start: int) -> int:
     """The orientation tag of the first directory of EXIF data that begin at `start`."""
     header = data.at(start, 8)
     if header[:4] == b"II*\0":

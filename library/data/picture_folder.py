@@ -7,10 +7,11 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 
 from library.data.image_size import read_bytes
 from library.data.index import Facts, picture_facts
-from library.data.listing import UNREAD_SUFFIXES, Listing, list_folder, map_files, picture_count
+from library.data.listing import UNREAD_SUFFIXES, Listing, is_picture, list_folder, map_files, picture_count
 from library.data.orientation import AS_STORED, orientation_of, turned_size
 from library.data.plain_text import decode_text
 from library.data.records import Found, Item, Size, SubsetSettings
@@ -58,6 +59,7 @@ def _read_files(subset: SubsetSettings, index: int, listing: Listing) -> Found:
     prefix = os.path.join(str(subset.image_dir), "")
 
     facts = dict(zip(listing.pictures, picture_facts(str(subset.image_dir), listing.pictures), strict=True))
+    seen = lru_cache(maxsize=None)(lambda facts: seen_size(facts, subset))  # a few sizes, many pictures
     fallback = subset.class_tokens or ""
     missing: list[str] = []
     used: set[str] = set()
@@ -66,7 +68,7 @@ def _read_files(subset: SubsetSettings, index: int, listing: Listing) -> Found:
         """One picture, or a text that says what is broken."""
         path = picture = prefix + name
         try:
-            size, orientation = seen_size(facts[name], subset)
+            size, orientation = seen(facts[name])
             caption_file = find_caption(name)
             if caption_file is None:
                 missing.append(name)
@@ -128,7 +130,7 @@ def caption_finder(subset: SubsetSettings, listing: Listing) -> Callable[[str], 
     """
     suffix = caption_suffix(subset)
     ending = os.path.normcase(suffix)
-    names = (*listing.others, *listing.pictures)
+    names = [*listing.others, *listing.pictures] if is_picture(f"x{suffix}") else listing.others
     present = {key: name for name in names if (key := os.path.normcase(name)).endswith(ending)}
 
     def find(name: str) -> str | None:
@@ -243,7 +245,8 @@ def _missing_note(subset: SubsetSettings, missing: Sequence[str], listing: Listi
     note = f"{subset.image_dir}: {len(missing)} pictures have no {suffix} file ({some(missing)}), {text}"
     for other in (".txt", ".caption", ".tags"):
         endings = {stem: end for stem, end in map(os.path.splitext, listing.others) if end.lower() == other}
-        found = [end for name in missing if (end := endings.get(os.path.splitext(name)[0], suffix)) != suffix]
+        stems = (os.path.splitext(name)[0] for name in missing) if endings else ()
+        found = [end for stem in stems if (end := endings.get(stem, suffix)) != suffix]
         if found:
             return f"{note}; {len(found)} of them have a {found[0]} file: is caption_extension {found[0]} meant?"
     return note

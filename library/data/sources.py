@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from library.data.captions import tags_of
+from library.data.listing import collector_paused
 from library.data.metadata_source import read_metadata_subset, settle
 from library.data.pairs import add_conditioning
 from library.data.picture_check import UnreadableFiles, unreadable
@@ -50,6 +51,7 @@ def scan_all(
     return results
 
 
+@collector_paused()
 def scan(
     settings: DatasetSettings,
     *,
@@ -285,9 +287,9 @@ def _unusable(subset: SubsetSettings, seen: dict[str, str]) -> str | None:
 
 
 def _count_tags(table: dict[str, int], texts: Iterable[str]) -> None:
-    counts = Counter(tag for text in texts for tag in tags_of(text))
-    for tag, count in counts.items():
-        table[tag] = table.get(tag, 0) + count
+    for text, times in Counter(texts).items():  # many pictures have the caption of their folder
+        for tag in tags_of(text):
+            table[tag] = table.get(tag, 0) + times
 
 
 def source_name(subset: SubsetSettings) -> str:

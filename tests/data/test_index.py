@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from library.data import index
-from library.data.image_size import size_and_orientation
+from library.data.image_size import facts_of_open_file, size_and_orientation
 from library.data.index import facts_of_paths, picture_facts
 
 
@@ -30,11 +30,11 @@ def opened(monkeypatch):
     """Names of the files whose headers were read."""
     names = []
 
-    def read(path):
+    def read(handle, path):
         names.append(os.path.basename(path))
-        return size_and_orientation(path)
+        return facts_of_open_file(handle, path)
 
-    monkeypatch.setattr(index, "size_and_orientation", read)
+    monkeypatch.setattr(index, "facts_of_open_file", read)
     return names
 
 
