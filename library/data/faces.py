@@ -17,7 +17,7 @@ from library.data.orientation import orientation_of
 from library.data.picture_search import find_pictures
 from library.messages import UserError, log, progress, some
 from library.options.data_tools import FacesConfig
-from library.runtime.files import atomic_write
+from library.runtime.files import atomic_write, make_folder
 
 BOX_COLOUR = (255, 0, 255)  # BGR
 
@@ -69,7 +69,7 @@ def cut_faces(config: FacesConfig) -> int:
         raise UserError("--rotate with --detector cascade", "a cascade knows no eyes: leave --rotate out")
     pictures = find_pictures(config.src_dir)
     detector = make_detector(config.detector, config.cascade_file, config.detections_file)
-    _make_folder(Path(config.dst_dir))
+    make_folder(config.dst_dir)
     unreadable: list[str] = []
     written = 0
     for path in progress(pictures, "pictures"):
@@ -85,13 +85,6 @@ def cut_faces(config: FacesConfig) -> int:
         raise UserError(f"no picture in {config.src_dir} can be read", "see the files named above")
     log.info("%s: %d faces of %d pictures", config.dst_dir, written, len(pictures) - len(unreadable))
     return written
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be made ({error.strerror})", "choose another folder") from error
 
 
 def _cut_of(config: FacesConfig) -> Cut:

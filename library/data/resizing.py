@@ -20,7 +20,7 @@ from library.data.listing import picture_suffixes
 from library.data.orientation import orientation_of
 from library.messages import UserError, log, progress, some
 from library.options.data_tools import PictureResizeConfig
-from library.runtime.files import atomic_path
+from library.runtime.files import atomic_path, make_folder
 
 METHODS = {"area": cv2.INTER_AREA, "cubic": cv2.INTER_CUBIC, "lanczos4": cv2.INTER_LANCZOS4}
 JPEG_QUALITY = 100
@@ -60,7 +60,7 @@ def resize_folder(config: PictureResizeConfig) -> Outcome:
     pictures, others = _contents(source)
     if target.exists() and os.path.samefile(source, target):
         raise UserError(f"{source} is both source and destination", "give another folder for the results")
-    _make_folder(target)
+    make_folder(target)
     _warn_of_equal_stems(pictures)
     outcome = Outcome()
     for name in progress(pictures, "pictures"):
@@ -129,13 +129,6 @@ def _contents(source: Path) -> tuple[list[str], list[str]]:
     suffixes = picture_suffixes()
     pictures = [name for name in names if name.lower().endswith(suffixes)]
     return pictures, [name for name in names if name not in set(pictures)]
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be made ({error.strerror})", "choose another folder") from error
 
 
 def _warn_of_equal_stems(pictures: Sequence[str]) -> None:

@@ -92,6 +92,20 @@ def atomic_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
+def make_folder(folder: str | os.PathLike[str]) -> Path:
+    """A folder for results, made with those above it if it is not there.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be made ({error.strerror})", "choose another folder") from error
+    return path
+
+
 def check_room(folder: str | os.PathLike[str], size: int) -> None:
     """Refuse to start writing `size` bytes into `folder` (which need not exist yet) when they cannot fit.
 

@@ -13,7 +13,15 @@ import pytest
 
 from library.messages import UserError
 from library.runtime import files
-from library.runtime.files import atomic_folder, atomic_path, atomic_write, check_room, format_bytes, is_disk_full
+from library.runtime.files import (
+    atomic_folder,
+    atomic_path,
+    atomic_write,
+    check_room,
+    format_bytes,
+    is_disk_full,
+    make_folder,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -147,3 +155,12 @@ def test_a_name_that_cannot_be_is_a_sentence(tmp_path: Path, name: str) -> None:
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(UserError, match="cannot be written"), atomic_path(tmp_path / name) as partial:
         partial.write_bytes(b"x")
+
+
+def test_a_folder_for_results(tmp_path: Path) -> None:
+    assert make_folder(tmp_path / "a" / "b").is_dir()
+    assert make_folder(str(tmp_path / "a")) == tmp_path / "a"
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    for path in (tmp_path / "file", tmp_path / "file" / "b"):
+        with pytest.raises(UserError, match="cannot be made"):
+            make_folder(path)
