@@ -43,7 +43,7 @@ class Entry:
     micro: int
     step: int
     loss: torch.Tensor
-    rates: list[float]
+    rates: list[Any]
     values: dict[str, Any] = field(default_factory=dict)
     samples: tuple[torch.Tensor, torch.Tensor] | None = None
     updated: bool = True
@@ -112,7 +112,7 @@ class LogBook:
     ) -> None:
         """Note one micro-step, after its update if it made one, whose gradients had the `norm`."""
         position = run.position
-        rates = run.lr_schedule.get_last_lr()
+        rates = getattr(run.lr_schedule, "unread_rates", run.lr_schedule.get_last_lr)()
         samples, self._samples = self._samples, None
         self.entries.append(
             Entry(position.epoch, position.micro - 1, position.step, loss, rates, values, samples, updated, norm)
@@ -134,6 +134,7 @@ class LogBook:
             return
         fetched = fetch(entries, run.processes)
         for entry, got in zip(entries, fetched, strict=True):
+            entry.rates = [float(rate) for rate in entry.rates]
             self.recorder.add(epoch=entry.epoch - 1, step=entry.micro, loss=got.loss)
             if run.processes.is_main:
                 self._log(run, entry, got.loss)

@@ -261,16 +261,20 @@ class MirrorSchedule(LRScheduler):
 
     Args:
         optimizer: whose rates are shown.
-        read: (optimizer, group) -> the group's rate now.
+        read: (optimizer, group) -> the group's rate now, a number or a tensor of one.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, read: Callable[[Any, dict[str, Any]], float]) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, read: Callable[[Any, dict[str, Any]], Any]) -> None:
         self.optimizer = optimizer
         self.read = read
         self.last_epoch = 0
 
     def get_last_lr(self) -> list[float]:
         """The rate of each group."""
+        return [float(rate) for rate in self.unread_rates()]
+
+    def unread_rates(self) -> list[Any]:
+        """The same without asking the device: tensors where the rates lie there."""
         return [self.read(self.optimizer, group) for group in self.optimizer.param_groups]
 
     def get_lr(self) -> list[float]:
@@ -295,12 +299,12 @@ def group_rate(optimizer: Any, group: dict[str, Any]) -> float:
     return group["lr"]
 
 
-def adafactor_rate(optimizer: Any, group: dict[str, Any], initial: float) -> float:
+def adafactor_rate(optimizer: Any, group: dict[str, Any], initial: float) -> Any:
     """The rate Adafactor used for a group's first parameter in its last step, `initial` before the first."""
     state = optimizer.state.get(group["params"][0])
     if not state:
         return initial
-    return float(_plain(optimizer)._get_lr(group, state))
+    return _plain(optimizer)._get_lr(group, state)
 
 
 def _plain(optimizer: Any) -> Any:

@@ -16,7 +16,6 @@ from library.options.saving import SavingConfig
 from library.runtime.shape_memory import LiveBytes
 from library.training import assemble, disk_need
 from library.training.disk_need import DiskNeed, require_room
-from library.training.loop import micro_step
 from library.training.memory_need import memory_need
 from library.training.network_trainer import NetworkTrainer
 from library.training.recipes.network import NetworkRecipe
@@ -44,7 +43,7 @@ def measured(run) -> int:
     batch = list(run.feed.batches(plan, 0, 0))[largest]
     batch["latents"] = torch.zeros(2, 4, *(side // 8 for side in plan.batches[0][largest].bucket[::-1]))
     with LiveBytes([t for m in modules for t in (*m.parameters(), *m.buffers())]) as live:
-        micro_step(run, batch, run.feed.place(1, largest))
+        target.compute_loss(run, batch, run.feed.place(1, largest))[0].backward()
     return live.peak
 
 
