@@ -46,6 +46,7 @@ class NetworkRecord:
         self.trainer = trainer
         self.args = args
         self.options = options
+        validation = getattr(feed.group, "validation", None)
         facts = RunFacts(
             session_id=random.SystemRandom().randint(0, MAX_SESSION_ID),
             started_at=time.time(),
@@ -59,6 +60,7 @@ class NetworkRecord:
             max_train_steps=args.max_train_steps,
             scale_weight_norms=args.scale_weight_norms,
             network_args=network_args,
+            num_validation_images=0 if validation is None else validation.num_train_images,
         )
         self.lasting = network_metadata(options, facts, feed.group.datasets)
 
