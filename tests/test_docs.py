@@ -178,13 +178,13 @@ def test_data_set_page_has_the_defaults() -> None:
 @pytest.mark.parametrize(
     ("page", "names"),
     [
-        ("docs/train_network.md", [name for r in OPTIMIZERS for name in (r.name, *r.aliases)]),
-        ("docs/train_network.md", [record.name for record in SCHEDULES]),
-        ("docs/train_network.md", [record.name for record in LOSSES]),
+        ("docs/training.md", [name for r in OPTIMIZERS for name in (r.name, *r.aliases)]),
+        ("docs/training.md", [record.name for record in SCHEDULES]),
+        ("docs/training.md", [record.name for record in LOSSES]),
         ("docs/train_network.md", [a for r in NETWORKS if r.name == "networks.lora" for a in r.arguments]),
         ("docs/gen_img.md", [name for r in SAMPLERS for name in (r.name, *r.aliases)]),
         ("docs/gen_img.md", [f"--{item.name}" for item in PICTURE_ITEMS]),
-        ("docs/train_network.md", [f"--{item.name}" for item in SAMPLE_ITEMS if item.name not in ("g", "cn")]),
+        ("docs/training.md", [f"--{item.name}" for item in SAMPLE_ITEMS if item.name not in ("g", "cn")]),
     ],
 )
 def test_pages_name_every_choice(page: str, names: list[str]) -> None:
