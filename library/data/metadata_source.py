@@ -70,8 +70,28 @@ def read_metadata_subset(subset: SubsetSettings, index: int) -> Found:
             train_size=entry.train_size,
         )
         found.items.append(item)
+    if entries and not found.items:
+        _suggest_folder(name, entries[0].key, subset)
     found.notes += _caption_notes(name, entries, subset)
     return found
+
+
+def _suggest_folder(name: str, key: str, subset: SubsetSettings) -> None:
+    """Where no picture is found, look one level up and down.
+
+    Raises:
+        UserError: names the folder that has the first one.
+    """
+    if subset.image_dir is None:
+        return
+    folder = os.path.normpath(subset.image_dir)
+    below = [os.path.join(folder, one) for one in list_folder(folder).folders]
+    for place in (*below, os.path.dirname(os.path.abspath(folder))):
+        if _Places(place).picture(key) is not None:
+            raise UserError(
+                f"no picture of {name} is in {subset.image_dir}, but {key} is in {place}",
+                f"give {place} as image_dir (--train_data_dir)",
+            )
 
 
 def _caption_notes(name: str, entries: Sequence[Entry], subset: SubsetSettings) -> Iterator[str]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from library.data.index import facts_of_paths
-from library.data.listing import list_folder
+from library.data.listing import list_folder, picture_count
 from library.data.picture_folder import reason, seen_size
 from library.data.records import DatasetSettings, Item, Size, SubsetSettings
 from library.messages import UserError, some
@@ -66,7 +66,15 @@ class _Folder:
             what = "is a file, not a folder" if os.path.exists(path) else "does not exist"
             raise UserError(f"conditioning_data_dir {path} {what}", "give the folder of the conditioning pictures")
         self.path = path
-        self.names = list_folder(path).pictures
+        listing = list_folder(path)
+        if not listing.pictures:
+            below = [os.path.join(path, name) for name in listing.folders]
+            better = next((folder for folder in below if picture_count(folder)), None)
+            raise UserError(
+                f"conditioning_data_dir {path} holds no pictures",
+                f"give {better}, which does" if better else "give the folder of the conditioning pictures",
+            )
+        self.names = listing.pictures
         self.used: set[str] = set()
         self._whole = set(self.names)
         self._by_stem: dict[str, str] = {}

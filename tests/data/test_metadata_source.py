@@ -281,6 +281,15 @@ def test_unreadable_and_missing_pictures_are_named_or_left_out(tmp_path: Path) -
     assert any("2 pictures are left out" in note for note in found.notes)
 
 
+@pytest.mark.parametrize(("given", "right"), [("d", "d/sub"), ("d/sub/low", "d/sub")])
+def test_the_folder_one_level_up_or_down_is_named(given: str, right: str, tmp_path: Path) -> None:
+    make_files(tmp_path, {"d/sub/a.png": [8, 8], "d/sub/low/z.png": [8, 8], "m.json": {"a": {}}})
+    subset = SubsetSettings(image_dir=str(tmp_path / given), metadata_file=str(tmp_path / "m.json"))
+    with pytest.raises(UserError, match=r"no picture of .* is in") as error:
+        scan(DatasetSettings(kind="finetuning", resolution=(64, 64), subsets=(subset,)))
+    assert f"give {tmp_path / right} as image_dir" in str(error.value)
+
+
 def test_a_missing_image_folder_is_named(tmp_path: Path) -> None:
     make_files(tmp_path, {"m.json": {"a": {}}})
     subset = SubsetSettings(image_dir=str(tmp_path / "gone"), metadata_file=str(tmp_path / "m.json"))

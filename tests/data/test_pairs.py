@@ -120,6 +120,17 @@ def test_an_unreadable_conditioning_picture_is_named_or_its_picture_left_out(tmp
     assert [Path(item.path).name for item in found.items] == ["a.png"]
 
 
+def test_a_folder_of_folders_is_told_which_one_to_give(tmp_path: Path) -> None:
+    subset = pair(tmp_path)
+    (tmp_path / "k").rename(tmp_path / "below")
+    (tmp_path / "k").mkdir()
+    with pytest.raises(UserError, match="k holds no pictures: give the folder of"):
+        build(subset)
+    (tmp_path / "below").rename(tmp_path / "k" / "below")
+    with pytest.raises(UserError, match=r"k holds no pictures: give .*k/below, which does"):
+        build(subset)
+
+
 def masked(tmp_path: Path, mask: np.ndarray, size: tuple[int, int] = (90, 70), **more: object) -> dict:
     draw(tmp_path / "d" / "a.png", size)
     (tmp_path / "k").mkdir()
