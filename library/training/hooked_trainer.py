@@ -23,6 +23,7 @@ class HookedTrainer:
     Attributes:
         vae_scale_factor: latents are multiplied by it at every step.
         is_sdxl: read when a file is saved, for its ModelSpec.
+        load_stable_diffusion_format, logit_scale, ckpt_info: of the loaded model, for who writes it back.
         run: the run in progress (None before the first step); place: where its micro-step stands.
         script: whose options the namespace has; family_name: of the models.
     """
@@ -33,6 +34,9 @@ class HookedTrainer:
     def __init__(self) -> None:
         self.vae_scale_factor = 0.18215
         self.is_sdxl = False
+        self.load_stable_diffusion_format: bool | None = None
+        self.logit_scale: Any = None
+        self.ckpt_info: Any = None
         self.run: Run | None = None
         self.place: Place | None = None
         self.model: LoadedModel | None = None
@@ -58,7 +62,7 @@ class HookedTrainer:
         device = accelerator.device if args.lowram else "cpu"
         foreign = replacement("train_util", "_load_target_model")
         if foreign is not None:
-            encoder, vae, unet, _ = foreign(args, weight_dtype, device)
+            encoder, vae, unet, self.load_stable_diffusion_format = foreign(args, weight_dtype, device)
             return self.family.version(args.v2, args.v_parameterization), encoder, vae, unet
         self.model = self.family.load(
             args.pretrained_model_name_or_path,
@@ -88,11 +92,7 @@ class HookedTrainer:
 
 
 class HookedSdxlTrainer(HookedTrainer):
-    """The same for SDXL; goes in front of a trainer in the list of base classes.
-
-    Attributes:
-        load_stable_diffusion_format, logit_scale, ckpt_info: of the loaded model, for who writes it back.
-    """
+    """The same for SDXL; goes in front of a trainer in the list of base classes."""
 
     family_name = "sdxl"
 
@@ -100,9 +100,6 @@ class HookedSdxlTrainer(HookedTrainer):
         super().__init__()
         self.vae_scale_factor = 0.13025
         self.is_sdxl = True
-        self.load_stable_diffusion_format: bool | None = None
-        self.logit_scale: Any = None
-        self.ckpt_info: Any = None
 
     def load_tokenizer(self, args: Any) -> Any:
         """Both tokenizers."""

@@ -1,4 +1,4 @@
-"""Opens the model, by its family or through a trainer's hook, and puts its parts where the steps need them."""
+"""Opens the model through a trainer's hook and puts its parts where the steps need them."""
 
 from __future__ import annotations
 
@@ -13,24 +13,8 @@ from library.training.latents import encode, move_vae
 if TYPE_CHECKING:
     from library.models.family import Family
     from library.options.parser import Resolved
-    from library.runtime.processes import Processes
     from library.training.draws import Draws
     from library.training.recipes.recipe import Setup
-
-
-def load(family: Family, options: Resolved, tokenizers: list[Any], processes: Processes) -> LoadedModel:
-    """The model that the options name, frozen parts and all, in float32 unless the family says otherwise."""
-    config = options.model
-    model = family.load(
-        config.pretrained_model_name_or_path,
-        v2=config.v2,
-        v_parameterization=config.v_parameterization,
-        zero_terminal_snr=options.objective.zero_terminal_snr,
-        vae=config.vae,
-        device=processes.device if options.precision.lowram else "cpu",
-    )
-    model.tokenizers = tokenizers
-    return model
 
 
 def open_through(
@@ -43,6 +27,9 @@ def open_through(
     model = trainer.model
     if model is None or model.unet is not unet:
         model = LoadedModel(text_encoders=trainer.family.adopt(encoders), vae=vae, unet=unet)
+        model.extras = {"logit_scale": trainer.logit_scale, "ckpt_info": trainer.ckpt_info}
+        if trainer.load_stable_diffusion_format is not None:
+            model.is_stability_layout = bool(trainer.load_stable_diffusion_format)
     model.version, model.tokenizers = version, tokenizers
     return model
 

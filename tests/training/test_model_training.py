@@ -196,6 +196,34 @@ def test_velocity_is_learned_in_every_script(train_model: Any, script: str) -> N
     assert velocity != pytest.approx(noise, rel=1e-3)
 
 
+# Names that others assign
+
+
+@pytest.mark.parametrize(
+    ("script", "module", "names"),
+    [
+        ("train_db", "train_util", ("load_tokenizer", "_load_target_model")),
+        ("sdxl_train", "sdxl_train_util", ("load_tokenizers", "load_target_model")),
+    ],
+)
+def test_functions_that_open_the_model_are_those_assigned(
+    train_model: Any, monkeypatch: pytest.MonkeyPatch, script: str, module: str, names: tuple[str, ...]
+) -> None:
+    import importlib
+
+    porch = importlib.import_module(f"library.{module}")
+    called = []
+    for name in names:
+        own = getattr(porch, name)
+        monkeypatch.setattr(porch, name, lambda *given, name=name, own=own: (called.append(name), own(*given))[1])
+    replaced = train_model(script, "--use_safetensors", output="replaced", steps=1)
+    assert set(called) == set(names)
+    monkeypatch.undo()
+    plain = weights(train_model(script, "--use_safetensors", output="plain", steps=1))
+    opened = weights(replaced)
+    assert [key for key in plain if not torch.equal(plain[key], opened[key])] == []
+
+
 # Resume and samples
 
 

@@ -13,7 +13,6 @@ from library.data.templates import OBJECT_TEMPLATES, STYLE_TEMPLATES, names_word
 from library.messages import UserError, log
 from library.models.embedding_files import require_width
 from library.models.embeddings import grow_table, init_word_ids, random_rows, rows_of, set_rows
-from library.models.family import Family, LoadedModel
 from library.models.modelspec import metadata_of_run
 from library.models.text_encoders import enable_gradient_checkpointing
 from library.runtime.float8 import hold_in_float8
@@ -63,14 +62,11 @@ class EmbeddingRecipe(Recipe):
 
     def __init__(self, trainer: TextualInversionTrainer) -> None:
         refuse_strategy_overrides(trainer)
+        super().__init__(trainer)
         self.trainer = trainer
         self.hooks = EmbeddingHooks(trainer)
         self.script = trainer.script
         self.support = SUPPORT[trainer.script]
-
-    @property
-    def family(self) -> Family:
-        return self.trainer.family
 
     @property
     def word(self) -> NewWord:
@@ -84,8 +80,7 @@ class EmbeddingRecipe(Recipe):
         """The tokenizers with the word's tokens; files are named after the word unless they have a name."""
         if args.output_name is None:
             args.output_name = args.token_string
-        tokenizers = self.trainer.load_tokenizer(args)
-        tokenizers = list(tokenizers) if isinstance(tokenizers, (list, tuple)) else [tokenizers]
+        tokenizers = super().load_tokenizers(args)
         self.trainer.assert_token_string(args.token_string, tokenizers)
         self.trainer.word = add_word(
             tokenizers, args.token_string, args.num_vectors_per_token, layered=self.trainer.layered
@@ -112,11 +107,6 @@ class EmbeddingRecipe(Recipe):
             require_file(options.embedding.weights, "--weights")
 
     # Model
-
-    def open_model(self, setup: Setup) -> LoadedModel:
-        return model_setup.open_through(
-            self.trainer, setup.args, setup.dtype, setup.processes.accelerator, setup.tokenizers
-        )
 
     def after_opening(self, setup: Setup) -> None:
         """The word's rows: from other words, by chance, or of an embedding file."""

@@ -16,6 +16,7 @@ from library.options.model_training import block_rates
 from library.runtime.wrap import WrapPolicy, wrap_model
 from library.training import model_setup
 from library.training.data_metadata import common_resolution
+from library.training.hooked_trainer import HookedSdxlTrainer, HookedTrainer
 from library.training.latents import move_vae
 from library.training.metrics import model_step_logs
 from library.training.model_parts import Rates
@@ -34,6 +35,10 @@ class ModelRecipe(Recipe):
     """A whole model of SD 1.x or 2.x; subclasses say which script's rules hold."""
 
     step_logs = staticmethod(model_step_logs)
+    opener_class: type[HookedTrainer] = HookedTrainer
+
+    def __init__(self) -> None:
+        super().__init__(self.opener_class())
 
     def trains_text(self, options: Resolved) -> bool:
         """Whether the text encoders learn, as far as their rates let them."""
@@ -160,6 +165,7 @@ class SdxlModelRecipe(ModelRecipe):
     tracker = "finetuning"
     says_token_ids = True
     support = SUPPORT[script]
+    opener_class = HookedSdxlTrainer
     bucket_steps = 32
 
     def check_group(self, args: Any, group: Any) -> None:

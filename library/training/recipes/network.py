@@ -9,7 +9,6 @@ import torch
 
 from library.data.support import SUPPORT
 from library.messages import log
-from library.models.family import Family, LoadedModel
 from library.runtime.float8 import hold_in_float8
 from library.runtime.wrap import WrapPolicy, wrap_model
 from library.training import model_setup, network_setup
@@ -41,19 +40,12 @@ class NetworkRecipe(Recipe):
 
     def __init__(self, trainer: NetworkTrainer) -> None:
         refuse_strategy_overrides(trainer)
+        super().__init__(trainer)
         self.trainer = trainer
         self.hooks = Hooks(trainer)
         self.script = trainer.script
         self.module: ModuleType | None = None
         self.network_args: dict[str, Any] = {}
-
-    @property
-    def family(self) -> Family:
-        return self.trainer.family
-
-    def load_tokenizers(self, args: Any) -> list[Any]:
-        tokenizers = self.trainer.load_tokenizer(args)
-        return list(tokenizers) if isinstance(tokenizers, (list, tuple)) else [tokenizers]
 
     def check_group(self, args: Any, group: Any) -> None:
         self.hooks.assert_extra_args(args, group)
@@ -65,11 +57,6 @@ class NetworkRecipe(Recipe):
             network_setup.require_file(path, "--base_weights")
         if network.network_weights:
             network_setup.require_file(network.network_weights, "--network_weights")
-
-    def open_model(self, setup: Setup) -> LoadedModel:
-        return model_setup.open_through(
-            self.trainer, setup.args, setup.dtype, setup.processes.accelerator, setup.tokenizers
-        )
 
     def after_opening(self, setup: Setup) -> None:
         device = setup.processes.device if setup.options.precision.lowram else "cpu"

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from library.models.family import Family, LoadedModel, family
-from library.options.scripts import find_script
+from library.models.family import Family, LoadedModel
 from library.training import model_setup
 from library.training.metrics import step_logs
 
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from library.runtime.processes import Processes
     from library.training.draws import Draws
     from library.training.feed import DataFeed
+    from library.training.hooked_trainer import HookedTrainer
     from library.training.hooks import Hooks
     from library.training.optimizers import Built
     from library.training.saver import Metadata
@@ -68,8 +68,11 @@ class Setup:
 class Recipe(ABC):
     """One training script.
 
+    Args:
+        opener: opens tokenizers and model; a trainer object of third parties, or the plain class.
+
     Attributes:
-        script: whose options the namespace has; the model family follows from it.
+        script: whose options the namespace has.
         tracker: name of the trackers' run when `--log_tracker_name` is left out.
         support: which kinds of data sets it takes.
         step_logs: makes the trackers' values of a micro-step.
@@ -84,15 +87,19 @@ class Recipe(ABC):
     says_token_ids = False
     hooks: Hooks | None = None
 
+    def __init__(self, opener: HookedTrainer) -> None:
+        self.opener = opener
+
     @property
     def family(self) -> Family:
-        return family(find_script(self.script).family)
+        return self.opener.family
 
     # Data
 
     def load_tokenizers(self, args: Any) -> list[Any]:
         """One tokenizer per text encoder."""
-        return self.family.load_tokenizers(getattr(args, "v2", False), args.tokenizer_cache_dir, args.max_token_length)
+        tokenizers = self.opener.load_tokenizer(args)
+        return list(tokenizers) if isinstance(tokenizers, (list, tuple)) else [tokenizers]
 
     def prepare_captions(self, args: Any, group: Any) -> None:
         """What becomes of all captions of the data sets, before anything is shown or cached."""
@@ -107,7 +114,8 @@ class Recipe(ABC):
 
     def open_model(self, setup: Setup) -> LoadedModel:
         """Open the model; one process after the other does it."""
-        return model_setup.load(self.family, setup.options, setup.tokenizers, setup.processes)
+        accelerator = setup.processes.accelerator
+        return model_setup.open_through(self.opener, setup.args, setup.dtype, accelerator, setup.tokenizers)
 
     def after_opening(self, setup: Setup) -> None:
         """The model is open and frozen, nothing is encoded yet: networks to merge in, words to add."""
