@@ -12,7 +12,8 @@ _METADATA = Support(dreambooth=False, finetuning=True)
 _BOTH = Support(dreambooth=True, finetuning=True)
 _WHOLE_CAPTIONS = Support(dreambooth=True, finetuning=True, dropout=False)
 _PAIRS = Support(dreambooth=False, controlnet=True)
-_EVERY_KIND = Support(dreambooth=True, finetuning=True, controlnet=True)
+# Caches are the same with and without masks or conditioning pictures.
+_ANY = Support(dreambooth=True, finetuning=True, masks=True)
 
 SUPPORT: Mapping[str, Support] = {
     "train_db.py": _FOLDERS,
@@ -26,11 +27,11 @@ SUPPORT: Mapping[str, Support] = {
     "train_controlnet.py": _PAIRS,
     "sdxl_train_control_net_lllite.py": _PAIRS,
     "sdxl_train_control_net_lllite_old.py": _PAIRS,
-    "tools/cache_latents.py": _EVERY_KIND,
-    "tools/cache_text_encoder_outputs.py": _EVERY_KIND,
+    "tools/cache_latents.py": _ANY,
+    "tools/cache_text_encoder_outputs.py": _ANY,
 }
 
 
 def with_masks(support: Support, masked_loss: bool) -> Support:
     """The same, with loss masks from folders where the loss is masked; pairs of a ControlNet are no masks."""
-    return replace(support, masks=masked_loss and (support.dreambooth or support.finetuning))
+    return replace(support, masks=support.masks or (masked_loss and (support.dreambooth or support.finetuning)))
