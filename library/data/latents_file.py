@@ -264,7 +264,7 @@ def judge(path: str | os.PathLike[str], wanted: Wanted, *, skip_check: bool = Fa
         return "other VAE"
     if wanted.dtype and key.get("dtype") and key["dtype"] != wanted.dtype:
         return "other precision"
-    source = _judge_source(wanted.source, key.get("source") or {})
+    source = judge_source(wanted.source, key.get("source") or {})
     if source in (VALID, MOVED) and key.get("resized") != list(wanted.resized):
         return "other settings"
     return source
@@ -288,7 +288,8 @@ def _missing(header: Header, wanted: Wanted) -> str | None:
     return None
 
 
-def _judge_source(path: str, known: dict[str, Any]) -> str:
+def judge_source(path: str, known: dict[str, Any]) -> str:
+    """`VALID`, `MOVED` or why a picture is not the one that a key's `source` describes; one that is gone is valid."""
     try:
         status = os.stat(path)
     except FileNotFoundError:

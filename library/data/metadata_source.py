@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from library.data.index import Facts, facts_of_paths
-from library.data.latents_file import read_header
+from library.data.latents_file import MOVED, VALID, judge_source, read_header
 from library.data.listing import list_folder
 from library.data.metadata_file import Entry, caption_of, read_entries
 from library.data.picture_folder import reason, seen_size
@@ -253,4 +253,7 @@ def _unfit(item: Item, subset: SubsetSettings) -> str | None:
         return f"{path} has no flipped latents"
     if subset.alpha_mask and "alpha_mask" not in header.shapes:
         return f"{path} has no alpha mask"
+    known = (header.key or {}).get("source")
+    if known and item.path != path and (verdict := judge_source(item.path, known)) not in (VALID, MOVED):
+        return f"{path} is older than its picture ({verdict})"
     return None

@@ -10,6 +10,7 @@ import torch
 
 from library.data.dataset import Dataset
 from library.data.group import build_group
+from library.data.latents_file import CachedLatents, Wanted, key_text, source_state, write_latents
 from library.data.metadata_file import Entry, caption_of, read_entries
 from library.data.records import DatasetSettings, ScanResult, SubsetSettings
 from library.data.sources import scan
@@ -246,6 +247,21 @@ def test_an_alpha_mask_that_the_latents_lack_needs_the_picture(tmp_path: Path) -
     }
     dataset, found = fine_tuning(tmp_path, files, alpha_mask=True)
     assert dataset.items[0].latents_npz is None and any("no alpha mask" in note for note in found.notes)
+
+
+def test_latents_of_a_picture_that_changed_are_not_used(tmp_path: Path) -> None:
+    files = {"d/a.png": [64, 128], "m.json": {"a": {"train_resolution": [64, 128]}}}
+    make_files(tmp_path, files)
+    picture, npz = tmp_path / "d" / "a.png", tmp_path / "d" / "a.npz"
+    entry = CachedLatents(torch.zeros(4, 16, 8), (64, 128), (0, 0, 64, 128))
+    wanted = Wanted(str(picture), (64, 128), (64, 128))
+    write_latents(npz, entry, key_text(wanted, source_state(picture)))
+    dataset, _ = fine_tuning(tmp_path, {"m.json": files["m.json"]})
+    assert dataset.items[0].latents_npz == str(npz)
+    picture.write_bytes(picture.read_bytes() + b"more")
+    dataset, found = fine_tuning(tmp_path, {"m.json": files["m.json"]})
+    assert dataset.items[0].latents_npz is None
+    assert any("is older than its picture (picture changed)" in note for note in found.notes)
 
 
 def test_bucket_steps_are_checked_on_the_sizes_of_the_metadata(tmp_path: Path) -> None:
