@@ -12,6 +12,7 @@ from torch import nn
 
 from library.options.optimizer import OptimizerConfig
 from library.options.parser import parse, resolve
+from library.training.ema import MovingAverage
 from library.training.new_word import NewWord
 from library.training.optimizers import make_optimizer
 from library.training.recipes.embedding import takes_rows_alone
@@ -101,6 +102,17 @@ def test_state_goes_back_into_the_tables() -> None:
     assert all(torch.equal(a[WORDS:], b[WORDS:]) for a, b in zip(target.tables, other.tables, strict=True))
     with pytest.raises(ValueError, match="numbers instead of"):
         other.load_state_dict({key: value[:1] for key, value in state.items()})
+
+
+def test_the_average_is_of_the_new_rows() -> None:
+    target = make(True)
+    before = [table.detach().clone() for table in target.tables]
+    average = MovingAverage(target.averaged_parameters(), decay=0.5)
+    train(target, torch.optim.SGD(target.parameter_groups()[0][0]["params"], lr=0.1), steps=1)
+    after = [table.detach().clone() for table in target.tables]
+    with average.in_place():
+        assert all(torch.equal(table, old) for table, old in zip(target.tables, before, strict=True))
+    assert all(torch.equal(table, new) for table, new in zip(target.tables, after, strict=True))
 
 
 def test_optimizer_state_of_whole_tables_is_taken() -> None:

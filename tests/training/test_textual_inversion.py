@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,6 +16,8 @@ from torch import nn
 
 from library import messages
 from library.generation.embeddings import add_embeddings, read_embeddings
+from library.generation.engine import Engine
+from library.generation.request import ImageRequest
 from library.messages import UserError
 from library.models.embedding_files import XTI_LAYERS
 from library.models.embeddings import rows_of, token_table
@@ -117,15 +120,25 @@ def test_whole_run(kind: type, teach: Callable[..., Path], models: dict[str, Pat
     )
     assert [key for key in tensors if not torch.equal(rest[key], tensors[key])] == []
 
-    use_in_pictures(kind, out / "zqx.safetensors", tensors, models)
+    use_in_pictures(kind, out / "zqx.safetensors", tensors, models, samples[1])
     if not kind.layered:
         use_in_diffusers(kind, tensors, models)
 
 
-def use_in_pictures(kind: Any, path: Path, tensors: dict[str, torch.Tensor], models: dict[str, Path]) -> None:
-    model = family(kind.family_name).load(models[kind.family_name])
+def use_in_pictures(
+    kind: Any, path: Path, tensors: dict[str, torch.Tensor], models: dict[str, Path], sample: Path
+) -> None:
+    """The file's rows are in the text encoder, and the picture is the sample that the training drew last."""
+    own = family(kind.family_name)
+    model = own.load(models[kind.family_name])
     files = (None, [str(path)]) if kind.layered else ([str(path)], None)
-    add_embeddings(model, read_embeddings(*files))
+    words = add_embeddings(model, read_embeddings(*files))
+    request = ImageRequest(
+        prompt="a zqx", negative_prompt="zqx", width=64, height=64, steps=1, scale=7.5, seed=5, sampler="ddim"
+    )
+    drawn = Engine(own, model, words=words, max_chunks=3).generate([request])[0]
+    difference = np.asarray(drawn, dtype=int) - np.asarray(Image.open(sample), dtype=int)
+    assert np.abs(difference).max() <= 1
     first = WORDS + 2 * kind.layered
     key = {"sdxl": "clip_l", "sd": "IN01" if kind.layered else "emb_params"}[kind.family_name]
     assert torch.equal(rows_of(model.text_encoders[0], [first, first + 1]), tensors[key])
@@ -265,6 +278,7 @@ def test_files_that_do_not_fit(
         (("--token_string", " "), "--token_string missing"),
         (("--num_vectors_per_token", "0"), "--num_vectors_per_token 0 is below 1"),
         (("--init_word", ""), "--init_word is empty"),
+        (("--token_string", "a/b"), "--token_string a/b cannot be a file name"),
         (("--weights", "none.pt"), r"--weights none\.pt: there is no such file"),
         (("--cache_latents", "--color_aug"), "--cache_latents with --color_aug"),
     ],
