@@ -9,22 +9,19 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
-import zlib
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from library.data.latents_file import ABSENT, VALID, read_header
+from library.data.latents_file import ABSENT, UNREADABLE, VALID, read_header
 from library.messages import UserError
 from library.runtime.files import atomic_path
 
 SUFFIX = "_te_outputs.npz"
 FOREIGN = "of another program"
 ARRAYS = ("hidden_state1", "hidden_state2", "pool2")
-_UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +83,7 @@ def read_text(path: str | os.PathLike[str]) -> CachedText:
     try:
         with np.load(path, allow_pickle=False) as file:
             found = {name: torch.from_numpy(file[name].astype(np.float32)) for name in ARRAYS if name in file.files}
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise UserError(
             f"cannot read text cache {path} ({error})", "delete the file and start again, it is made anew"
         ) from error

@@ -38,11 +38,12 @@ def fill_latent_cache(options: Resolved) -> None:
     chosen = family("sdxl" if options.caching.sdxl else "sd")
     if options.caching.sdxl:
         verify_sdxl_training_args(options.model)
+    processes = _start(options)
+    source = "" if processes is None else options.model.vae or _model(options, sdxl=options.caching.sdxl)
     group = _open_data(options, chosen)
     if group is None or _took_care(options, group, chosen, text=False):
         return
-    processes = _start(options)
-    source = options.model.vae or _model(options, sdxl=options.caching.sdxl)
+    assert processes is not None
     with processes.in_turn():
         vae = load_vae(source, scaling_factor=chosen.latent_scale).requires_grad_(False).eval()
     dtype = torch.float32 if options.model.no_half_vae else weight_dtype(options.precision.mixed_precision)
@@ -61,12 +62,14 @@ def fill_latent_cache(options: Resolved) -> None:
 def fill_text_cache(options: Resolved) -> None:
     """What `tools/cache_text_encoder_outputs.py` does."""
     chosen = family("sdxl")
+    processes = _start(options)
+    source = "" if processes is None else _model(options, sdxl=True)
     group = _open_data(options, chosen)
     if group is None or _took_care(options, group, chosen, text=True):
         return
-    require_fixed_captions(group.with_validation)
-    processes = _start(options)
-    source, dtype = _model(options, sdxl=True), weight_dtype(options.precision.mixed_precision)
+    assert processes is not None
+    require_fixed_captions(getattr(group, "with_validation", group.datasets))
+    dtype = weight_dtype(options.precision.mixed_precision)
     with processes.in_turn():
         encoders = load_sdxl_text_encoders(source, dtype=dtype, device=processes.device)
     length = options.model.max_token_length
@@ -138,7 +141,10 @@ def _model(options: Resolved, *, sdxl: bool) -> str:
     return source
 
 
-def _start(options: Resolved) -> Processes:
+def _start(options: Resolved) -> Processes | None:
+    """The processes of the launch, of which the first speaks; None where nothing is to be encoded."""
+    if options.dataset.debug_dataset or options.caching.verify or options.caching.prune:
+        return None
     return start_processes(
         mixed_precision=options.precision.mixed_precision, ddp_timeout=options.distributed.ddp_timeout
     )

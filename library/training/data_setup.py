@@ -146,6 +146,7 @@ def cache_group_latents(
         rank=processes.rank,
         processes=processes.count,
         wait=processes.barrier,
+        readers=max(1, min(options.loop.max_data_loader_n_workers, os.cpu_count() or 1)),
     )
     for dataset in datasets:
         if hasattr(dataset, "cache_latents") and not hasattr(dataset, "memory_latents"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from library.data.cache import cache_latents
@@ -22,7 +25,7 @@ from library.data.classic import (
     save_latents_to_disk,
 )
 from library.data.group import build_group
-from library.data.latents_file import fingerprint, read_header, read_latents
+from library.data.latents_file import Wanted, fingerprint, judge, read_header, read_latents
 from library.data.loader import make_loader
 from library.data.records import DatasetSettings, Item, ScanResult, SubsetSettings
 from library.data.sources import scan
@@ -568,6 +571,24 @@ def test_twenty_kills_leave_old_or_new_files(tmp_path):
     group = build_group([settings], [scan(settings)], tokenize=None, seed=0)
     _, report = cache(group, vae="20")
     assert (report.kept, report.removed) == (30, len(leftovers)) and not list(folder.glob(".*.partial.npz"))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), compressed=st.booleans())
+def test_damaged_files_are_told_or_read_never_a_traceback(data, compressed, tmp_path):
+    save = np.savez_compressed if compressed else np.savez
+    arrays = {"latents": np.zeros((4, 2, 3), np.float32), "crop_ltrb": np.zeros(4), "original_size": np.zeros(2, int)}
+    save(tmp_path / "x.npz", **arrays, cache_key=np.array('{"version": 1, "bucket": [24, 16]}'))
+    whole = (tmp_path / "x.npz").read_bytes()
+    assert read_header(tmp_path / "x.npz").shapes == {name: array.shape for name, array in arrays.items()}
+    damaged = bytearray(whole)
+    for _ in range(data.draw(st.integers(1, 4))):
+        damaged[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    (tmp_path / "x.npz").write_bytes(damaged[: data.draw(st.integers(0, len(whole)))])
+    wanted = Wanted(str(tmp_path / "x.png"), (24, 16), (24, 16))
+    assert isinstance(judge(tmp_path / "x.npz", wanted), str)
+    with contextlib.suppress(UserError):
+        read_latents(tmp_path / "x.npz")
 
 
 def test_one_edited_picture_of_a_thousand(tmp_path):
