@@ -213,7 +213,7 @@ class Validation(NoValidation):
         modules = [*run.target.model.text_encoders, run.target.model.unet, *run.target.extra_modules()]
         with evaluation_mode(modules), self._borrowed(run):
             for position, batch in enumerate(self.feed.batches(plan, 0, run.max_steps)):
-                count = len(plan.batches[run.processes.rank][position].items)
+                count = own_pictures(plan, run.processes.rank, position)
                 pictures += count
                 losses = self._batch_losses(run, batch, replace(self.feed.place(plan.epoch, position), epoch=0))
                 sums += torch.stack(losses).to(device) * count
@@ -276,6 +276,12 @@ class Validation(NoValidation):
         self.watch = Watch(**state["watch"])
         last = state["last"]
         self.last = last and Measured(**{**last, "by_timestep": {int(t): v for t, v in last["by_timestep"].items()}})
+
+
+def own_pictures(plan: EpochPlan, rank: int, position: int) -> int:
+    """Pictures of a process's batch, 0 where it only repeats another's to have one at all."""
+    own = plan.batches[rank][position]
+    return 0 if any(others[position] == own for others in plan.batches[:rank]) else len(own.items)
 
 
 def _mean(values: list[float]) -> float:

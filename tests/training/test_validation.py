@@ -15,6 +15,7 @@ from library.messages import log
 from library.training.network_trainer import NetworkTrainer
 from library.training.record import read_record
 from library.training.validation import Watch
+from tests.two_processes import run_both
 
 HELD_OUT = ("--validation_split", "0.34", "--cache_latents", "--max_validation_steps", "1")
 VARIED = (
@@ -158,3 +159,15 @@ def test_sdxl_is_validated_too(train_sdxl) -> None:
     out = train_sdxl(*HELD_OUT, "--validate_every_n_steps", "1", "--network_train_unet_only", steps=1)
     first, last = passes(out)
     assert first["loss"] != last["loss"] and abs(first["loss"] - last["loss"]) < 0.1
+
+
+def test_two_processes_measure_what_one_does(command, train, tmp_path: Path) -> None:
+    """One picture a bucket: the second process repeats the first one's, which counts once."""
+    options = ("--validation_split", "0.34", "--ema_decay", "0.5", "--save_state")
+    run_both("train_network.py", command(*options, output="two", steps=1), tmp_path)
+    one, two = train(*options, "--train_batch_size", "4", output="one", steps=1), tmp_path / "two"
+    assert passes(two)[0]["loss"] == pytest.approx(passes(one)[0]["loss"], rel=1e-5)
+    assert [one["step"] for one in passes(two)] == [0, 1]
+    assert (two / "x-ema.safetensors").exists() and (two / "x-report.html").exists()
+    (step,) = kind(read_record(two / "x-metrics.jsonl"), "step")
+    assert sum(count for _, count in step["bands"]) in (2, 3, 4), "samples of both processes"
