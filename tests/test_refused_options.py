@@ -61,7 +61,7 @@ BASE |= {"sdxl_gen_img.py": ["--ckpt", "m"], "sdxl_minimal_inference.py": ["--ck
 
 BASE |= dict.fromkeys(("train_db.py", "fine_tune.py", "sdxl_train.py"), MODEL_TRAIN)
 EMBEDDINGS = ("train_textual_inversion.py", "train_textual_inversion_XTI.py", "sdxl_train_textual_inversion.py")
-BASE |= dict.fromkeys(EMBEDDINGS, [*MODEL_TRAIN, "--token_string", "w"])
+BASE |= {script: [*MODEL_TRAIN, "--token_string", "w"] for script in EMBEDDINGS}
 BASE["tools/inspect_dataset.py"] = ["--train_data_dir", "d"]
 
 
