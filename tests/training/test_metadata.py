@@ -13,9 +13,9 @@ from PIL import Image
 
 from library.data import sources
 from library.data.config import resolve_datasets
-from library.data.config_schema import Support
 from library.data.group import build_group
 from library.data.records import DatasetSettings, SubsetSettings
+from library.data.support import SUPPORT
 from library.options.parser import parse, resolve
 from library.train_util import MinimalDataset
 from library.training import metadata
@@ -67,7 +67,6 @@ PLACEHOLDERS = {
     "LoRA@<float seconds>": r"LoRA@\d+\.\d+",
     "<integer 0..2^32>": r"\d+",
 }
-FINETUNING_TAGS = {"meta.json": {"red": 3, "blue0": 1, "blue1": 1, "blue2": 1}}
 
 
 @pytest.fixture
@@ -89,54 +88,25 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "m").mkdir()
     (tmp_path / "m/base model.safetensors").write_bytes(bytes(i % 251 for i in range(1114889)))
     (tmp_path / "m/v.pt").write_bytes(b"small vae")
-    (tmp_path / "ds.toml").write_text(DATA["ds.toml"].rpartition("[[datasets]]")[0])
+    for i, height in enumerate((64, 96, 128)):
+        picture(f"ft/c{i}.png", (64, height))
+    (tmp_path / "meta.json").write_text(json.dumps(DATA["meta.json"]), encoding="utf-8")
+    (tmp_path / "ds.toml").write_text(DATA["ds.toml"], encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(metadata, "git_revision", lambda: "(unknown)")
     return tmp_path
 
 
-def finetuning_dataset(repeats, bucket_info, **settings):
-    """A data set described by a metadata file, as facts only; reading such sets is not part of this test."""
-    subset = SubsetSettings(kind="finetuning", image_dir="ft", metadata_file="meta.json", num_repeats=repeats)
-    return SimpleNamespace(
-        settings=DatasetSettings(
-            kind="finetuning",
-            resolution=(128, 128),
-            enable_bucket=True,
-            min_bucket_reso=64,
-            max_bucket_reso=256,
-            subsets=(subset,),
-            **settings,
-        ),
-        image_counts=[3],
-        num_train_images=3 * repeats,
-        num_reg_images=0,
-        tag_frequency=FINETUNING_TAGS,
-        bucket_info=bucket_info,
-    )
-
-
 def command(name):
     """Arguments of a recorded run that this script has."""
     text = RUNS["step_save" if name == "step_last" else name]["command"].partition("   (")[0]
-    argv = shlex.split(text)[2:]
-    if name == "finetuning":
-        argv[argv.index("--in_json") : argv.index("--in_json") + 4] = []
-    return [*argv, "--output_dir", "out"]
+    return [*shlex.split(text)[2:], "--output_dir", "out"]
 
 
-def datasets(name, options):
-    if name == "finetuning":
-        info = json.loads(RUNS[name]["metadata"]["ss_bucket_info"])
-        return [finetuning_dataset(2, info)], 6
-    support = Support(dreambooth=True, finetuning=False, controlnet=False, dropout=True)
-    settings = resolve_datasets(options.dataset, support=support)
+def datasets(options):
+    settings = resolve_datasets(options.dataset, support=SUPPORT[options.script])
     group = build_group(settings, [sources.scan(one, seed=42) for one in settings], tokenize=None, seed=42)
-    batches = len(group.plan(42, 1))
-    if name == "config":
-        info = json.loads(RUNS[name]["metadata"]["ss_datasets"])[2]["bucket_info"]
-        return [*group.datasets, finetuning_dataset(1, info, bucket_no_upscale=True)], batches + 3
-    return group.datasets, batches
+    return group.datasets, len(group.plan(42, 1))
 
 
 def written(name):
@@ -147,7 +117,7 @@ def written(name):
     built = make_optimizer([torch.nn.Parameter(torch.ones(2, 2))], options.optimizer)
     effective = built.effective_config
     options = options.replace(learning_rate=effective.learning_rate, lr_scheduler=effective.lr_scheduler)
-    members, batches = datasets(name, options)
+    members, batches = datasets(options)
     arguments = None
     if options.network.network_args:
         arguments = {**parse_network_args(options.network.network_args), "dropout": options.network.network_dropout}
@@ -194,7 +164,7 @@ def test_golden(name, folder):
     ours = written(name)
     assert set(expected) - WITH_THE_TENSORS - set(ours) == set()
     assert set(ours) - set(expected) - OWN_KEYS == (set() if name == "no_metadata" else LATER_KEYS)
-    assert (set(ours) >= OWN_KEYS) == (name not in ("no_metadata", "finetuning", "config"))
+    assert (set(ours) >= OWN_KEYS) == (name != "no_metadata")
     if "ss_datasets" in ours:
         ours["ss_datasets"] = without_later_keys(ours["ss_datasets"])
     wrong = []
