@@ -188,8 +188,11 @@ def _with_masks(table: dict[str, Any], dataset: DatasetConfig, support: Support)
     """The subset with its folder of masks: one of the same name in `--conditioning_data_dir`, or that itself."""
     if not (support.masks and dataset.conditioning_data_dir):
         return table
-    own = os.path.join(dataset.conditioning_data_dir, os.path.basename(os.path.normpath(table.get("image_dir", ""))))
-    return {**table, "conditioning_data_dir": own if os.path.isdir(own) else dataset.conditioning_data_dir}
+    folder = dataset.conditioning_data_dir
+    if table.get("image_dir"):
+        own = os.path.join(folder, os.path.basename(os.path.normpath(table["image_dir"])))
+        folder = own if os.path.isdir(own) else folder
+    return {**table, "conditioning_data_dir": folder}
 
 
 def _metadata_from_options(dataset: DatasetConfig, support: Support) -> dict[str, Any]:

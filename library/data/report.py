@@ -12,7 +12,7 @@ from library.data.buckets import Buckets
 from library.data.records import DatasetSettings, Item, Size, SubsetSettings
 
 # Told in words of their own, or of no interest when they are set.
-_TOLD = {"kind", "image_dir", "num_repeats", "is_reg"}
+_TOLD = {"kind", "image_dir", "metadata_file", "num_repeats", "is_reg"}
 
 
 class Described(Protocol):
@@ -81,7 +81,10 @@ def _subset_lines(dataset: Described) -> Iterator[str]:
         kind = ", regularisation" if subset.is_reg else ""
         settings = "".join(f", {text}" for text in _changed(subset))
         used = f"{count} pictures x {subset.num_repeats} repeats" if count else "left out"
-        yield f"{subset.image_dir or subset.metadata_file}: {used}{kind}{settings}"
+        source = str(subset.metadata_file or subset.image_dir)
+        if subset.metadata_file and subset.image_dir:
+            source += f" with pictures in {subset.image_dir}"
+        yield f"{source}: {used}{kind}{settings}"
 
 
 def _changed(subset: SubsetSettings) -> Iterator[str]:

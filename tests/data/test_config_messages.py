@@ -202,3 +202,6 @@ def test_masks_beside_the_options_folders(tmp_path: Path) -> None:
     (found,) = resolve_datasets(options, support=with_masks(Support(finetuning=True), True))
     (subset,) = found.subsets
     assert (found.kind, subset.num_repeats, subset.conditioning_data_dir) == ("finetuning", 5, "masks")
+    options = DatasetConfig(in_json="m.json", conditioning_data_dir=str(tmp_path / "masks"))
+    (found,) = resolve_datasets(options, support=with_masks(Support(finetuning=True), True))
+    assert found.subsets[0].conditioning_data_dir == str(tmp_path / "masks")

@@ -44,6 +44,15 @@ def test_report_has_settings_counts_repeats_and_buckets(tmp_path: Path) -> None:
     ]
 
 
+def test_a_metadata_file_is_named_with_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "m.json").write_text('{"a": {}}')
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    subset = SubsetSettings(image_dir=str(tmp_path), metadata_file=str(tmp_path / "m.json"))
+    tuning = DatasetSettings(kind="finetuning", resolution=(64, 64), subsets=(subset,))
+    group = build_group([tuning], [scan(tuning)], tokenize=None, seed=0)
+    assert f"  {tmp_path / 'm.json'} with pictures in {tmp_path}: 1 pictures x 1 repeats" in describe(group.datasets)
+
+
 def test_a_data_set_without_buckets_has_no_table(tmp_path: Path) -> None:
     Image.new("L", (64, 64)).save(tmp_path / "a.png")
     settings = DatasetSettings(resolution=(64, 64), subsets=(SubsetSettings(image_dir=str(tmp_path)),))
