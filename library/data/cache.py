@@ -154,7 +154,7 @@ def cache_latents(
         write_latents(task.path, read_latents(task.path), key_text(task.wanted, source_state(task.wanted.source)))
     due.sort(key=batch_group)
     own = share.own(due)
-    require_room(own)
+    require_room((task.path, task.file_bytes) for task in own)
     cacher.run(own, lambda task, entry, state: write_latents(task.path, entry, key_text(task.wanted, state)))
     _refuse_bad(bad)
     share.wait()
@@ -194,12 +194,19 @@ class Share:
         return tasks[self.rank :: self.processes]
 
 
-def require_room(tasks: Sequence[Task]) -> None:
-    """Refuse to start what the disk cannot hold; files that are there already make room for their successors."""
+def require_room(files: Iterable[tuple[str, int]]) -> None:
+    """Refuse to start what the disk cannot hold; files that are there already make room for their successors.
+
+    Args:
+        files: path and size of each file that is to be written.
+
+    Raises:
+        UserError: names what is needed and what is free.
+    """
     needed: Counter[str] = Counter()
-    for task in tasks:
-        there = os.path.getsize(task.path) if os.path.exists(task.path) else 0
-        needed[os.path.dirname(task.path)] += max(0, task.file_bytes - there)
+    for path, size in files:
+        there = os.path.getsize(path) if os.path.exists(path) else 0
+        needed[os.path.dirname(path)] += max(0, size - there)
     disks: dict[int, tuple[str, int]] = {}
     for folder, size in needed.items():
         disk = os.stat(folder).st_dev

@@ -8,15 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from library.data.cache_tasks import FILE_BYTES, FLOAT_BYTES, choose_files, collect_tasks
+from library.data.cache_tasks import choose_files, collect_tasks
 from library.data.dataset import Dataset
 from library.data.latents_file import ABSENT, MOVED, OTHER, VALID
 from library.data.text_cache import text_tasks
 from library.data.text_file import FOREIGN, TextOrigin
 from library.data.text_file import judge as judge_text
-
-# Widths of SDXL's two hidden states and of its pooled text.
-TEXT_WIDTHS = (768, 1280, 1280)
 
 
 @dataclass(slots=True)
@@ -98,8 +95,6 @@ def _count_linked(members: Sequence[Dataset], latents: dict[int, Holdings]) -> N
 
 def _count_text(dataset: Dataset, holdings: Holdings) -> None:
     origin = TextOrigin((dataset.settings.max_token_length or 75) + 2)
-    first, second, pooled = TEXT_WIDTHS
-    size = FLOAT_BYTES * (origin.length * (first + second) + pooled) + FILE_BYTES
     for tasks in text_tasks([dataset]):
         for task in tasks:
-            holdings.count(task.path, judge_text(task.path, task.caption, origin), size)
+            holdings.count(task.path, judge_text(task.path, task.caption, origin), origin.file_bytes)

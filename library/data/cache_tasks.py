@@ -8,14 +8,11 @@ from dataclasses import dataclass, field, replace
 
 from library.data.buckets import Size
 from library.data.dataset import Dataset
-from library.data.latents_file import MOVED, OTHER, VALID, Wanted, judge
+from library.data.latents_file import FILE_BYTES, FLOAT_BYTES, MOVED, OTHER, VALID, Wanted, judge
 from library.data.sample import interpolation
 from library.messages import UserError
 
-FLOAT_BYTES = 4
 LATENT_CHANNELS = 4
-# Small arrays, the key and the container of one file.
-FILE_BYTES = 1800
 
 
 @dataclass(slots=True)

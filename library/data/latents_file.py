@@ -29,6 +29,9 @@ from library.runtime.files import atomic_path
 OWN_ARRAYS = ("latents", "original_size", "crop_ltrb", "latents_flipped", "alpha_mask", "cache_key")
 HASH_BLOCK = 1 << 20
 FINGERPRINT_VALUES = 16
+FLOAT_BYTES = 4
+# Small arrays, the key and the container of one cache file.
+FILE_BYTES = 1800
 # Enough of a `.npy` file for its shape.
 HEADER_BYTES = 256
 _LOCAL_HEADER = struct.Struct("<4s22s4s")

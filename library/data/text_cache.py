@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from library.data.cache import CacheReport, Share, remove_leftovers
+from library.data.cache import CacheReport, Share, remove_leftovers, require_room
 from library.data.cacher import WriteBehind
 from library.data.captions import MOST_VARIANTS
 from library.data.dataset import Dataset
@@ -130,6 +130,7 @@ def cache_text_outputs(
     for task in due:
         by_caption.setdefault(task.caption, []).append(task)
     own = share.own(list(by_caption))
+    require_room((task.path, origin.file_bytes) for caption in own for task in by_caption[caption])
 
     def store(caption: str, entry: CachedText) -> None:
         for task in by_caption[caption]:

@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from library.data.latents_file import ABSENT, UNREADABLE, VALID, read_header
+from library.data.latents_file import ABSENT, FILE_BYTES, FLOAT_BYTES, UNREADABLE, VALID, read_header
 from library.messages import UserError
 from library.runtime.files import atomic_path
 
 SUFFIX = "_te_outputs.npz"
 FOREIGN = "of another program"
+# Widths of SDXL's two hidden states and of its pooled text.
+SDXL_WIDTHS = (768, 1280, 1280)
 ARRAYS = ("hidden_state1", "hidden_state2", "pool2")
 
 
@@ -61,6 +63,12 @@ class TextOrigin:
     widths: tuple[int, ...] = ()
     encoders: str = ""
     dtype: str = ""
+
+    @property
+    def file_bytes(self) -> int:
+        """About the size of a cache file; of SDXL's where the widths are not known."""
+        first, second, pooled = self.widths or SDXL_WIDTHS
+        return FLOAT_BYTES * (self.length * (first + second) + pooled) + FILE_BYTES
 
     def shapes(self) -> list[tuple[int, ...]]:
         """Shapes of the three arrays where the widths are known."""

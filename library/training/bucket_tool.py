@@ -134,7 +134,7 @@ class Preparation:
                     self.done.append(_item(task))
                 else:
                     due.append(task)
-        require_room(due)
+        require_room((task.path, task.file_bytes) for task in due)
         encoder = CacheEncoder(vae, Draws(DRAWS_SEED, processes.device), processes.device)
         readers = config.max_data_loader_n_workers or min(8, os.cpu_count() or 1)
         exact = encoder.exact if vae.dtype != torch.float32 else None
