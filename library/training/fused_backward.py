@@ -31,6 +31,9 @@ class FusedBackward(PiecewiseOptimizer):
     Args:
         make, groups, splits, rounding: see `PiecewiseOptimizer`.
         max_grad_norm: largest norm of one parameter's gradient, 0 for no limit.
+
+    Attributes:
+        last_norm: of all gradients of the last backward pass together, before clipping; on the device.
     """
 
     def __init__(
@@ -46,6 +49,8 @@ class FusedBackward(PiecewiseOptimizer):
         self.max_grad_norm = max_grad_norm
         self._missing = [len(piece.parameters) for piece in self.pieces]
         self._bad: list[torch.Tensor | None] = [None] * len(self.pieces)
+        self._norms: list[torch.Tensor] = []
+        self.last_norm: torch.Tensor | None = None
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(partial(self._arrived, number))
             for number, piece in enumerate(self.pieces)
@@ -59,6 +64,7 @@ class FusedBackward(PiecewiseOptimizer):
         norm = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32)
         if self.max_grad_norm:
             gradient.mul_((self.max_grad_norm / (norm + _EPSILON)).clamp(max=1.0).to(gradient.dtype))
+        self._norms.append(norm)
         bad, before = (~torch.isfinite(norm)).float(), self._bad[number]
         self._bad[number] = bad if before is None else torch.maximum(before, bad)
         self._missing[number] -= 1
@@ -102,6 +108,9 @@ class FusedBackward(PiecewiseOptimizer):
         for number, piece in enumerate(self.pieces):
             if self._missing[number] < len(piece.parameters):
                 self._update_now(number)
+        if self._norms:
+            self.last_norm = torch.linalg.vector_norm(torch.stack(self._norms))
+            self._norms = []
         flags = [flag for flag in self._bad if flag is not None]
         self._bad = [None] * len(self.pieces)
         return torch.stack(flags).max().reshape(1) if flags else torch.zeros(1)

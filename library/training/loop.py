@@ -98,7 +98,7 @@ def update(run: Run, pending: list[tuple[torch.Tensor, Batch, torch.Tensor | Non
     """Gradients of all processes together, clip, optimizer and schedule step.
 
     Returns:
-        The norm of the gradients before clipping (on the device), None without clipping.
+        The norm of the gradients before clipping (on the device), None where it was not measured.
     """
     start = replace(run.position, micro=run.position.micro - len(pending))
     before = (start, run.lr_schedule.state_dict())
@@ -133,7 +133,7 @@ def update(run: Run, pending: list[tuple[torch.Tensor, Batch, torch.Tensor | Non
     run.optimizer.zero_grad(set_to_none=True)
     run.position.step += 1
     run.ema.note_update()
-    return norm
+    return norm if norm is not None else getattr(run.optimizer, "last_norm", None)
 
 
 def end_epoch(run: Run, plan: EpochPlan) -> None:

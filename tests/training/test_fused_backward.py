@@ -169,6 +169,17 @@ def test_a_bad_gradient_changes_neither_weights_nor_moments(record, warm: bool) 
     assert all(parameter.isfinite().all() for parameter in net.parameters())
 
 
+def test_the_norm_of_all_gradients_is_known() -> None:
+    net, plain = small_net(), small_net()
+    optimizer = make_optimizer(
+        net.parameters(), config("AdamW", fused_backward_pass=True, max_grad_norm=0.01)
+    ).optimizer
+    loss_of(net, 0).backward()
+    optimizer.finish_backward()
+    loss_of(plain, 0).backward()
+    torch.testing.assert_close(optimizer.last_norm, nn.utils.clip_grad_norm_(plain.parameters(), 1.0))
+
+
 def test_parameters_without_a_gradient_hold_nothing_up() -> None:
     net = small_net()
     optimizer = make_optimizer(net.parameters(), config("AdamW"), fused_groups=1).optimizer

@@ -182,3 +182,38 @@ def test_running_out_of_memory_names_what_helps(train) -> None:
 
 def test_a_foreign_model_only_lacks_the_estimate() -> None:
     assert memory_need(SimpleNamespace(), SimpleNamespace()) is None
+
+
+def test_lora_plus_trains_its_matrices_at_their_own_rate(train, caplog: pytest.LogCaptureFixture) -> None:
+    """The up matrices in groups of their own, named in the block; the text encoder's ratio is its own."""
+    log.propagate = True
+    trainer = NetworkTrainer()
+    ratios = ("loraplus_lr_ratio=4", "loraplus_text_encoder_lr_ratio=8")
+    with caplog.at_level("INFO", logger=log.name):
+        train("--network_args", *ratios, "--text_encoder_lr", "1e-4", trainer=trainer, steps=1)
+    rates = dict(zip(trainer.run.log.group_names, (g["lr"] for g in trainer.run.optimizer.param_groups), strict=True))
+    assert rates == pytest.approx({"textencoder": 1e-4, "textencoder plus": 8e-4, "unet": 1e-3, "unet plus": 4e-3})
+    assert "unet plus: " in caplog.text
+
+
+def test_a_rate_of_0_freezes(train, caplog: pytest.LogCaptureFixture) -> None:
+    log.propagate = True
+    trainer = NetworkTrainer()
+    with caplog.at_level("INFO", logger=log.name):
+        out = train("--text_encoder_lr", "0", trainer=trainer, steps=2)
+    network = trainer.run.target.network
+    assert not any(p.requires_grad for module in network.text_encoder_loras for p in module.parameters())
+    assert "text encoder: rate 0, frozen" in caplog.text
+    assert not any(t.any() for key, t in weights(out).items() if key.startswith("lora_te") and "lora_up" in key)
+
+
+def test_a_rate_of_0_freezes_what_a_foreign_network_offers(train, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("lycoris")
+    log.propagate = True
+    trainer = NetworkTrainer()
+    module = ("--network_module", "lycoris.kohya", "--network_args", "algo=lora", "--unet_lr", "0")
+    with caplog.at_level("INFO", logger=log.name):
+        out = train(*module, trainer=trainer, steps=2)
+    assert trainer.run.log.group_names == ["textencoder"]
+    assert "rate 0, frozen" in caplog.text
+    assert not any(t.any() for key, t in weights(out).items() if key.startswith("lora_unet") and "lora_up" in key)
