@@ -23,6 +23,7 @@ from library.options.remedies import memory_remedies
 from library.runtime.precision import weight_dtype
 from library.runtime.processes import Processes, start_processes
 from library.training import data_setup, model_setup
+from library.training.control import ControlFiles
 from library.training.draws import Draws
 from library.training.ema import make_average
 from library.training.feed import DataFeed
@@ -160,6 +161,7 @@ def build_run(recipe: Recipe, args: argparse.Namespace, draws: Draws | None = No
         position=Position(),
         ema=make_average(options.ema, target.averaged_parameters(), built.optimizer),
         validation=make_validation(setup),
+        control=ControlFiles(Path(options.saving.output_dir), options.saving.output_name or "last"),
         memory_remedies=memory_remedies(options),
     )
     if rounding is not None:

@@ -35,6 +35,7 @@ def train(run: Run) -> None:
         run.validation.before_training(run)
         run.log.open(run)
         run.moved.start(run)
+        run.control.start(run)
         with GarbageCollection() as garbage, InterruptFlag() as interrupt:
             while run.position.step < run.max_steps:
                 train_epoch(run, interrupt, garbage)
@@ -70,8 +71,9 @@ def train_epoch(run: Run, interrupt: InterruptFlag, garbage: GarbageCollection) 
         run.saver.after_update(run)
         run.log.flush_if_due(run)
         run.moved.after_flush(run)
+        run.control.after_flush(run)
         garbage.step(run.position.step)
-        if interrupt.requested:
+        if interrupt.requested or run.control.stop:
             save_and_stop(run)
         if run.position.step >= run.max_steps:
             break
@@ -150,7 +152,7 @@ def end_epoch(run: Run, plan: EpochPlan) -> None:
 
 
 def save_and_stop(run: Run) -> None:
-    """The first Ctrl-C or SIGTERM: the step is finished, save everything and say how to go on."""
+    """Ctrl-C, SIGTERM or a file asked for it: the step is finished, save everything and say how to go on."""
     stop_if_bad(run, run.guard.check_last())
     run.log.close(run)
     folder = run.saver.save_state_now(run)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from library.runtime.memory import TRAINING_REMEDIES
+from library.training.control import ControlFiles
 from library.training.ema import MovingAverage, no_average
 from library.training.moved import MovedCheck
 from library.training.validation import NoValidation
@@ -57,6 +58,7 @@ class Run:
         autocast: a context manager factory for the U-Net call.
         ema: moving average of what is trained; false in an if where there is none.
         validation: loss on held-out pictures.
+        control: files that ask the run to save or to stop.
         moved: looks after the first steps whether all parts change.
         memory_remedies: what to switch on when memory runs out.
     """
@@ -85,5 +87,6 @@ class Run:
     position: Position
     ema: MovingAverage = field(default_factory=no_average)
     validation: NoValidation = field(default_factory=NoValidation)
+    control: ControlFiles = field(default_factory=ControlFiles)
     moved: MovedCheck = field(default_factory=MovedCheck)
     memory_remedies: tuple[str, ...] = TRAINING_REMEDIES

@@ -99,6 +99,14 @@ class Saver:
         if self.main:
             self.uploads.wait()
 
+    def save_now(self, run: Run) -> None:
+        """The result and the state, named after the step, because somebody asked for them."""
+        step = run.position.step
+        run.processes.barrier()
+        with run.log.aside(run):
+            self._save(run, self._step_name(step), "step", step, run.position.epoch - 1)
+            self._save_state(run, saving.step_state_name(self.options.output_name, step), "step", step)
+
     def save_state_now(self, run: Run) -> Path:
         """A state folder named after the step, whatever the options say; for stops."""
         name = saving.step_state_name(self.options.output_name, run.position.step)

@@ -52,7 +52,9 @@ def test_an_adapted_module_adds_two_kernels() -> None:
         assert counts["forward and backward"] <= KERNELS_OF_A_STEP
 
 
-@pytest.mark.parametrize("options", [(), ("--gradient_accumulation_steps", "2"), ("--gradient_checkpointing",)])
+@pytest.mark.parametrize(
+    "options", [(), ("--gradient_accumulation_steps", "2"), ("--gradient_checkpointing",), ("--ema_decay", "0.9")]
+)
 def test_a_quiet_step_reads_nothing_from_the_device(tmp_path: Path, options: tuple[str, ...]) -> None:
     reads = reads_per_update([*tiny_run(tmp_path, 8), *options])
     assert len(reads) == 7 < FLUSH_EVERY
