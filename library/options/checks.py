@@ -323,7 +323,7 @@ def check_embedding(options: Resolved) -> None:
     config = options.embedding
     if "token_string" in find_script(options.script).required and not (config.token_string or "").strip():
         raise UserError("--token_string missing", "give the word that is to be learned, one that no language has")
-    if options.saving.output_name is None and set(config.token_string) & set("/\\"):
+    if options.saving.output_name is None and set(config.token_string or "") & set("/\\"):
         raise UserError(f"--token_string {config.token_string} cannot be a file name", "give --output_name")
     _at_least(config, 1, "num_vectors_per_token")
     if config.init_word is not None and not config.init_word.strip():
