@@ -175,13 +175,9 @@ def _merged(
     places: dict[Facts, int] = {}
     for _, _, facts in entries:
         places.setdefault(facts, len(places))
-    columns = ([state[number] for _, state, _ in entries] for number in range(3))
-    return _Index(
-        [name for name, _, _ in entries],
-        *(array("q", column) for column in columns),
-        array("q", [places[facts] for _, _, facts in entries]),
-        list(places),
-    )
+    sizes, modified, changed = (array("q", [state[number] for _, state, _ in entries]) for number in range(3))
+    placed = array("q", [places[facts] for _, _, facts in entries])
+    return _Index([name for name, _, _ in entries], sizes, modified, changed, placed, list(places))
 
 
 def _index_file(folder: str | os.PathLike[str]) -> Path | None:
@@ -207,10 +203,10 @@ def _read(file: Path) -> _Index:
         numbers.frombytes(data[head + text_length :])
     except (OSError, ValueError, struct.error):
         return _Index()
-    columns = [numbers[count * column : count * (column + 1)] for column in range(4)]
+    sizes, modified, changed, places = (numbers[count * column : count * (column + 1)] for column in range(4))
     rest = numbers[4 * count :]
     table = [((rest[3 * kind], rest[3 * kind + 1]), rest[3 * kind + 2]) for kind in range(kinds)]
-    return _Index(text.split("/") if count else [], *columns, table)
+    return _Index(text.split("/") if count else [], sizes, modified, changed, places, table)
 
 
 def _write(file: Path, index: _Index) -> None:
