@@ -34,7 +34,6 @@ PASSES = "picture passes besides text to image"
 DEEPSPEED = "more than one process"
 # Names whose area is still to come.
 LATER: dict[str, dict[str, str]] = {
-    "library.train_util": {},
     "library.model_util": {
         "convert_controlnet_state_dict_to_sd": CONTROLNET,
         "convert_controlnet_state_dict_to_diffusers": CONTROLNET,

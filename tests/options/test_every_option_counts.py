@@ -24,7 +24,7 @@ MODEL_TRAIN = ["--pretrained_model_name_or_path", "m", "--output_dir", "o", "--t
 OF_THE_PARSER = {"config_file", "output_config", "strict", "dump_schema"}
 # Does nothing by design, and `effects.py` says so when it is given.
 NOTHING_TO_DO = {
-    *("fp8_base", "highvram", "ddp_gradient_as_bucket_view", "ddp_static_graph", "disable_mmap_load_safetensors"),
+    *("highvram", "ddp_gradient_as_bucket_view", "ddp_static_graph", "disable_mmap_load_safetensors"),
 }
 # Tunes a feature that is still to come.
 OF_TRAININGS = (r"zero\w+|offload_\w+|fp16_master_weights_and_gradients",)
