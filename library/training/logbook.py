@@ -95,7 +95,8 @@ class LogBook:
 
     def note_samples(self, losses: torch.Tensor, timesteps: torch.Tensor) -> None:
         """Losses and timesteps (B,) of the samples of the micro-step that is under way."""
-        self._samples = losses.detach(), timesteps
+        # a hook may have made one number of them, of which nobody knows the timestep
+        self._samples = (losses.detach(), timesteps) if losses.shape == timesteps.shape else None
 
     def forget_samples(self) -> None:
         """What was noted last belongs to no micro-step."""

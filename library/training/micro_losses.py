@@ -67,6 +67,6 @@ def _by_band(entries: Sequence[Entry], device: torch.device) -> torch.Tensor:
         offsets = torch.tensor([n * BANDS for n, _, timesteps in known for _ in range(len(timesteps))], device=device)
         timesteps = torch.cat([timesteps.to(device) for _, _, timesteps in known])
         losses = torch.cat([losses.to(device).float() for _, losses, _ in known])
-        slots = offsets + timesteps * BANDS // TIMESTEPS
+        slots = offsets + timesteps.long() * BANDS // TIMESTEPS
         table.index_add_(1, slots, torch.stack([losses, torch.ones_like(losses)]))
     return table.flatten()

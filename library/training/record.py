@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from library.messages import log
+from library.messages import Interrupted, log
 from library.runtime.files import atomic_path
 
 FORMAT = 1
@@ -80,12 +80,12 @@ class Record:
         try:
             yield
         except BaseException as error:
-            self._finish(str(error).split("\n")[0] or type(error).__name__)
+            self._finish(str(error).split("\n")[0] or type(error).__name__, asked=isinstance(error, Interrupted))
             raise
         self._finish(None)
 
-    def _finish(self, problem: str | None) -> None:
-        self.add({"kind": "end", "problem": problem})
+    def _finish(self, problem: str | None, asked: bool = False) -> None:
+        self.add({"kind": "end", "problem": problem, "asked": asked})
         self.close()
         if self.page is None:
             return

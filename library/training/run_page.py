@@ -94,7 +94,7 @@ def _add_outcome(page: Page, history: History) -> None:
     if history.end is None:
         page.notice("the run is still going, or it was killed", "warning")
     elif history.end["problem"]:
-        page.notice(history.end["problem"], "error")
+        page.notice(history.end["problem"], "warning" if history.end.get("asked") else "error")
     else:
         page.notice("the run finished", "good")
     for notice in history.notices:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.messages import log
 from library.training.ema import FILE_MARK
+from library.training.trackers import log_picture
 
 if TYPE_CHECKING:
     from library.options.samples import SamplesConfig
@@ -121,6 +122,7 @@ class SamplePictures:
             path = one.path.relative_to(self.folder).as_posix()
             shown = {"index": one.index, "prompt": one.prompt.prompt, "seed": one.seed, "ema": average}
             run.log.event(run, "sample", path=path, **shown)
+            log_picture(run.processes.accelerator, f"sample_{one.index}", one.path, one.prompt.prompt, average)
 
 
 def is_due(options: Any, epoch: int | None, step: int) -> bool:

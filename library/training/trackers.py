@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import toml
 
-from library.messages import UserError
+from library.messages import UserError, log
 
 if TYPE_CHECKING:
     from library.options.logging import LoggingConfig
@@ -93,6 +93,24 @@ def start_trackers(
     arguments = _tracker_arguments(config)
     shown = loggable_options(options or {}) if config.log_config else None
     accelerator.init_trackers(config.log_tracker_name or default_name, config=shown, init_kwargs=arguments)
+
+
+def log_picture(accelerator: Any, name: str, path: Path, prompt: str, average: bool = False) -> None:
+    """Show a sample picture in wandb, where it is a tracker of this run; it goes out with the next values.
+
+    Args:
+        name: under which pictures of one prompt stand together.
+        average: it was drawn with the moving average of the weights.
+    """
+    for tracker in getattr(accelerator, "trackers", ()):
+        if getattr(tracker, "name", None) != "wandb":
+            continue
+        try:
+            import wandb
+
+            tracker.log({name + "_ema" * average: wandb.Image(str(path), caption=prompt)}, commit=False)
+        except Exception as error:  # a picture that is not shown must not end a training
+            log.warning("%s was not sent to wandb (%s: %s)", path.name, type(error).__name__, error)
 
 
 def loggable_options(options: Mapping[str, Any]) -> dict[str, Any]:

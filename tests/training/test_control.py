@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from library.messages import Interrupted
 from library.training.network_trainer import NetworkTrainer
+from library.training.record import read_record
 
 
 class Asking(NetworkTrainer):
@@ -42,6 +43,8 @@ def test_stop(train, tmp_path: Path) -> None:
     with pytest.raises(Interrupted, match=r"stopped after step 2; go on with --resume .*x-step00000002-state"):
         train(steps=4, trainer=Asking(tmp_path / "out" / "x-stop"))
     assert not (tmp_path / "out" / "x-stop").exists()
+    end = read_record(tmp_path / "out" / "x-metrics.jsonl")[-1]
+    assert end["asked"] and end["problem"].startswith("stopped after step 2")
     whole = train(output="whole", steps=4)
     rest = train("--resume", str(tmp_path / "out" / "x-step00000002-state"), output="rest", steps=4)
     a, b = load_file(whole / "x.safetensors"), load_file(rest / "x.safetensors")

@@ -12,7 +12,7 @@ import pytest
 
 from library.messages import UserError
 from library.options.logging import LoggingConfig
-from library.training.trackers import choose_trackers, loggable_options, start_trackers
+from library.training.trackers import choose_trackers, log_picture, loggable_options, start_trackers
 
 NOON = time.struct_time((2024, 5, 6, 12, 0, 1, 0, 0, 0))
 
@@ -121,3 +121,27 @@ def test_tensorboard_writes_what_is_logged(tmp_path):
 
 def test_namespace_values_can_be_logged():
     assert loggable_options(vars(SimpleNamespace(a=(1, 2), b=0.5))) == {"a": "(1, 2)", "b": 0.5}
+
+
+def test_sample_pictures_go_to_wandb(monkeypatch, tmp_path):
+    logged = []
+
+    class Tracker:
+        def __init__(self, name):
+            self.name = name
+
+        def log(self, values, step=None, commit=True):
+            logged.append((self.name, values, commit))
+
+    accelerator = types.SimpleNamespace(trackers=[Tracker("tensorboard"), Tracker("wandb")])
+    image = lambda path, caption: (path, caption)  # noqa: E731
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(Image=image))
+    path = tmp_path / "a.png"
+    log_picture(accelerator, "sample_0", path, "a cat")
+    log_picture(accelerator, "sample_0", path, "a cat", average=True)
+    assert logged == [
+        ("wandb", {"sample_0": (str(path), "a cat")}, False),
+        ("wandb", {"sample_0_ema": (str(path), "a cat")}, False),
+    ]
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace())
+    log_picture(accelerator, "sample_0", path, "a cat")  # told, not raised
