@@ -189,7 +189,8 @@ class Progress:
         self.done += count
         self._shown.update(shown)
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, shown=self._values())
+            shown = ", ".join([f"{self.rate:.3g}/s", self._values()] if self._shown else [f"{self.rate:.3g}/s"])
+            self._bar.update(self._task, completed=self.done, shown=shown)
             return
         now = time.monotonic()
         if now - self._last_line >= PLAIN_INTERVAL:
