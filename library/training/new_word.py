@@ -48,9 +48,9 @@ class NewWord:
         """Token ids of any shape -> the same for each layer of XTI, on a new first axis."""
         per_layer = []
         for layer in self.layer_ids:
-            ids = input_ids.clone()
+            ids = input_ids
             for plain, own in zip(self.ids, layer, strict=True):
-                ids[input_ids == plain] = own
+                ids = torch.where(input_ids == plain, own, ids)
             per_layer.append(ids)
         return torch.stack(per_layer)
 

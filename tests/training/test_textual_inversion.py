@@ -359,3 +359,20 @@ def test_opened_model_is_untouched_by_another_word(built: Callable[..., Any]) ->
     second: LoadedModel = built(TextualInversionTrainer(), "--token_string", "qqq").target.model
     assert "qqq" not in first.tokenizers[0].get_vocab()
     assert "zqx" not in second.tokenizers[0].get_vocab()
+
+
+@pytest.mark.parametrize("kind", [SdxlTextualInversionTrainer, LayeredInversionTrainer])
+def test_a_micro_step_reads_nothing_from_the_device(kind: type, built: Callable[..., Any]) -> None:
+    from benchmarks.counting import count
+    from library.training import loop
+
+    run = built(kind(), "--use_object_template")
+    plan = run.feed.plan(1)
+    batch, place = next(iter(run.feed.batches(plan, 0, 0))), run.feed.place(1, 0)
+
+    def step() -> None:
+        loop.micro_step(run, batch, place, last=True)
+        run.target.reduce_gradients(run.processes)
+        run.target.on_step_end()
+
+    assert count(step).host_reads == 0
