@@ -169,6 +169,38 @@ def test_full_bf16(train_model: Any, script: str) -> None:
         assert kinds == {torch.bfloat16}, part
 
 
+@pytest.mark.parametrize(
+    ("script", "options"), [("train_db", ("--stop_text_encoder_training", "-1")), ("fine_tune", ()), ("sdxl_train", ())]
+)
+def test_what_does_not_learn_is_written_as_it_was_read(
+    train_model: Any, tiny_sd15: Path, tiny_sdxl: Path, script: str, options: tuple[str, ...]
+) -> None:
+    """Though it computes in half precision."""
+    source = tiny_sdxl if script == "sdxl_train" else tiny_sd15
+    out = train_model(script, *options, "--mixed_precision", "bf16", "--use_safetensors", steps=1)
+    keys = moved(weights(out), source)
+    assert keys and all(key.startswith(UNET) for key in keys)
+
+
+def test_kept_weights() -> None:
+    from library.training.kept_weights import KeptWeights
+
+    module = torch.nn.Linear(2, 1)
+    with torch.no_grad():
+        module.weight.copy_(torch.tensor([[1 / 3, 0.5]]))
+        module.bias.copy_(torch.tensor([0.25]))
+    exact = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    kept = KeptWeights()
+    kept.keep(module, torch.bfloat16)
+    ((_, tensors),) = kept.modules
+    assert set(tensors) == {"weight"} and tensors["weight"].dtype == torch.float32
+    module.to(torch.bfloat16)
+    halved = module.weight.detach().clone()
+    with kept.restored():
+        assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in exact.items())
+    assert module.weight.dtype == torch.bfloat16 and torch.equal(module.weight, halved)
+
+
 def test_cached_text_gives_the_same_losses(train_model: Any) -> None:
     plain = losses(train_model("sdxl_train", output="a"))
     cached = losses(train_model("sdxl_train", "--cache_text_encoder_outputs", output="b"))

@@ -17,6 +17,7 @@ from library.runtime.wrap import WrapPolicy, wrap_model
 from library.training import model_setup
 from library.training.data_metadata import common_resolution
 from library.training.hooked_trainer import HookedSdxlTrainer, HookedTrainer
+from library.training.kept_weights import KeptWeights
 from library.training.latents import move_vae
 from library.training.metrics import model_step_logs
 from library.training.model_parts import Rates
@@ -39,6 +40,19 @@ class ModelRecipe(Recipe):
 
     def __init__(self) -> None:
         super().__init__(self.opener_class())
+        self.kept = KeptWeights()
+
+    def after_opening(self, setup: Setup) -> None:
+        """What halving will take from the parts that do not learn is kept for the files."""
+        if setup.dtype == torch.float32:
+            return
+        rates, model = self.rates(setup.options), setup.model
+        frozen = [model.vae] if self.half_vae(setup) else []
+        frozen += [] if rates.trains_unet else [model.unet]
+        if not self.caches_text(setup.options):
+            frozen += [e for e, rate in zip(model.text_encoders, rates.text, strict=True) if not rate]
+        for module in frozen:
+            self.kept.keep(module, setup.dtype)
 
     def trains_text(self, options: Resolved) -> bool:
         """Whether the text encoders learn, as far as their rates let them."""
@@ -81,6 +95,7 @@ class ModelRecipe(Recipe):
             short_captions=options.model_training.no_token_padding,
             autocast=setup.processes.accelerator.autocast if mixed else contextlib.nullcontext,
             input_dtype=self.input_dtype(setup),
+            kept=self.kept,
         )
 
     def input_dtype(self, setup: Setup) -> torch.dtype | None:

@@ -13,6 +13,7 @@ from library.messages import UserError, log
 from library.models.family import TextCondition
 from library.models.tokenizers import without_padding
 from library.training.classic_text import get_weighted_text_embeddings
+from library.training.kept_weights import KeptWeights
 from library.training.model_parts import Rates, freeze_parts, trained_parts
 from library.training.saving import ModelFormat
 from library.training.targets.target import Target, non_finite
@@ -39,6 +40,7 @@ class ModelTarget(Target):
         short_captions: captions are not padded beyond the longest of their batch.
         autocast: a context manager factory for the text encoders that learn.
         input_dtype: of the latents that the U-Net is given, and of cached text; None leaves them.
+        kept: what halving took from the parts that do not learn; it is written.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class ModelTarget(Target):
         short_captions: bool = False,
         autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
         input_dtype: torch.dtype | None = None,
+        kept: KeptWeights | None = None,
     ) -> None:
         self.family = family
         self.model = model
@@ -67,6 +70,7 @@ class ModelTarget(Target):
         self.short_captions = short_captions
         self.autocast = autocast
         self.input_dtype = input_dtype
+        self.kept = kept or KeptWeights()
         self.trains_text = rates.trains_text
         freeze_parts(model.unet, model.text_encoders, rates, family.idle_parameters(model.text_encoders, clip_skip))
         self.parts = trained_parts(model.unet, model.text_encoders, rates)
@@ -188,13 +192,14 @@ class ModelTarget(Target):
                 f"{path.name} is not written: {len(bad)} weights are not finite numbers, the first is {bad[0]}",
                 "lower the learning rate or use --mixed_precision bf16; earlier files are intact",
             )
-        self.family.save(
-            self.model,
-            path,
-            stability_layout=self.written_as.stability_layout,
-            safetensors=self.written_as.safetensors,
-            dtype=dtype,
-            metadata=metadata or None,
-            epoch=epoch,
-            step=step,
-        )
+        with self.kept.restored():
+            self.family.save(
+                self.model,
+                path,
+                stability_layout=self.written_as.stability_layout,
+                safetensors=self.written_as.safetensors,
+                dtype=dtype,
+                metadata=metadata or None,
+                epoch=epoch,
+                step=step,
+            )
