@@ -40,8 +40,8 @@ def run_one(script: str, rank: int, port: int, folder: Path, options: list[str])
     """Train as one rank and keep what was trained."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    from library.options.parser import parse
     from library.training import loop
+    from tests.training.runs import train as train_script
 
     runs, train = [], loop.train
 
@@ -50,13 +50,7 @@ def run_one(script: str, rank: int, port: int, folder: Path, options: list[str])
         runs.append(run)
 
     loop.train = watched
-    args = parse(script, options)
-    if script == "train_network.py":
-        from library.training.network_trainer import NetworkTrainer
-
-        NetworkTrainer().train(args)
-    else:
-        __import__(script.removesuffix(".py")).train(args)
+    train_script(script, options)
     state = {name: tensor.detach().contiguous().clone() for name, tensor in runs[0].target.state_dict().items()}
     save_file(state, folder / f"rank{rank}.safetensors")
     torch.distributed.destroy_process_group()

@@ -26,17 +26,11 @@ Loader = Callable[[torch.optim.Optimizer, dict[str, Any]], None]
 class Copies:
     """Every process holds everything.
 
-    Args:
-        processes: of the run.
-
     Attributes:
         spread: a process holds a part only, so that all of them must take part in saving and drawing.
     """
 
     spread = False
-
-    def __init__(self, processes: Processes) -> None:
-        self.processes = processes
 
     def place(self, modules: Mapping[str, nn.Module], block_classes: tuple[str, ...]) -> None:
         """The trained modules are on their device, and no optimizer knows their parameters yet.
@@ -54,9 +48,9 @@ class Copies:
         """Gradients of a micro-batch; `last`: an update follows."""
         loss.backward()
 
-    def average(self, average: Callable[[Processes], None]) -> None:
+    def average(self, average: Callable[[Processes], None], processes: Processes) -> None:
         """Before an update: `average` brings the gradients of all processes together."""
-        average(self.processes)
+        average(processes)
 
     def clip(self, parameters: list[nn.Parameter], limit: float) -> torch.Tensor | None:
         """Limit the norm of all gradients; returns it, a number on the device, or None without a limit."""
@@ -85,12 +79,16 @@ class Copies:
 
 
 class Shards(Copies):
-    """Each process holds a part of every trained weight; they come together block by block while computing."""
+    """Each process holds a part of every trained weight; they come together block by block while computing.
+
+    Args:
+        processes: of the run.
+    """
 
     spread = True
 
     def __init__(self, processes: Processes) -> None:
-        super().__init__(processes)
+        self.processes = processes
         self.skeletons: dict[str, nn.Module] = {}
 
     def place(self, modules: Mapping[str, nn.Module], block_classes: tuple[str, ...]) -> None:
@@ -111,7 +109,7 @@ class Shards(Copies):
                     fully_shard(block, mesh=mesh)
             fully_shard(module, mesh=mesh)
 
-    def average(self, average: Callable[[Processes], None]) -> None:
+    def average(self, average: Callable[[Processes], None], processes: Processes) -> None:
         """The backward pass has averaged them."""
 
     def clip(self, parameters: list[nn.Parameter], limit: float) -> torch.Tensor | None:

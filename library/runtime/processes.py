@@ -1,7 +1,7 @@
 """The processes of a run: who am I, how many are we, and what we do together. The one owner of accelerate.
 
-Wrapped models are not used: a network's gradients are averaged here, in a few large messages, after the backward
-passes of an update.
+Wrapped models are not used: gradients are averaged here, in a few large messages, after the backward passes of an
+update, or where the weights are spread over the processes by what spreads them (`parallel.py`).
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ class Processes:
 
     Attributes:
         accelerator: the Accelerator.
+        shards: the launch asks for FSDP.
     """
 
-    def __init__(self, accelerator: Any) -> None:
+    def __init__(self, accelerator: Any, shards: bool = False) -> None:
         self.accelerator = accelerator
+        self.shards = shards
         set_quiet(not self.is_main)
 
     @property
@@ -51,6 +53,15 @@ class Processes:
     @property
     def device(self) -> torch.device:
         return self.accelerator.device
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Automatic mixed precision, without keeping the casted weights: each is used once in a forward pass.
+
+        Kept, they would lie beside float32 weights until the pass is over, half a model more.
+        """
+        from accelerate.utils import AutocastKwargs
+
+        return self.accelerator.autocast(AutocastKwargs(cache_enabled=False))
 
     def barrier(self) -> None:
         """Wait until every process is here."""
@@ -133,6 +144,8 @@ def start_processes(
     # Programs that train more than once in a process may ask for another precision each time.
     AcceleratorState._reset_state()
     GradientState._reset_state()
+    # the Accelerator wraps nothing here, so it need not know
+    shards = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
     handlers = []
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         timeout = datetime.timedelta(minutes=ddp_timeout) if ddp_timeout else None
@@ -153,9 +166,14 @@ def start_processes(
         remedy = "use --mixed_precision no" if mixed_precision == "bf16" else "use --mixed_precision bf16 or no"
         raise UserError(f"this device cannot compute in {mixed_precision}", remedy) from error
     kind = str(accelerator.distributed_type).rsplit(".", 1)[-1]
-    if kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "TP"):
+    if kind == "DEEPSPEED":
+        raise UserError(
+            "the accelerate configuration asks for DeepSpeed",
+            "launch with --multi_gpu, and give the script --deepspeed",
+        )
+    if kind in ("FSDP", "MEGATRON_LM", "TP"):
         raise UserError(f"the accelerate configuration asks for {kind}", "launch with --multi_gpu instead")
-    return Processes(accelerator)
+    return Processes(accelerator, shards)
 
 
 def _all_reduce(value: torch.Tensor) -> None:

@@ -44,7 +44,7 @@ class Zero(Copies):
         precision: str,
         half: bool,
     ) -> None:
-        super().__init__(processes)
+        self.processes = processes
         self.stage = config.zero_stage
         if self.stage == 3 and accumulation > 1:
             raise UserError(
@@ -75,7 +75,7 @@ class Zero(Copies):
         if not last:
             self.engine.step()  # counts the micro-step; updates nothing
 
-    def average(self, average: Any) -> None:
+    def average(self, average: Any, processes: Processes) -> None:
         """The engine has averaged them."""
 
     def clip(self, parameters: list[nn.Parameter], limit: float) -> torch.Tensor | None:

@@ -34,6 +34,7 @@ from library.training.idle_parts import set_idle_aside
 from library.training.latents import LatentEncoder, move_vae
 from library.training.logbook import LogBook
 from library.training.optimizers import Built, make_optimizer
+from library.training.parallel import make_parallel
 from library.training.recipes.recipe import Recipe, Setup
 from library.training.report import show_settings
 from library.training.run import Position, Run
@@ -82,6 +83,7 @@ def build_run(recipe: Recipe, args: argparse.Namespace, draws: Draws | None = No
         tokenizers=tokenizers,
         group=group,
         processes=processes,
+        parallel=make_parallel(recipe, options, processes),
         draws=draws or Draws(args.seed, processes.device),
         dtype=weight_dtype(options.precision.mixed_precision),
     )
@@ -91,7 +93,8 @@ def build_run(recipe: Recipe, args: argparse.Namespace, draws: Draws | None = No
     target = recipe.make_target(setup)
 
     groups, names, idle = set_idle_aside(*target.parameter_groups(), options.optimizer.learning_rate)
-    rounding = StochasticRounding(args.seed) if options.precision.full_bf16 else None
+    parallel = setup.parallel
+    rounding = StochasticRounding(args.seed) if options.precision.full_bf16 and not parallel.spread else None
     fused_groups = options.value("fused_optimizer_groups")
     built = make_optimizer(groups, options.optimizer, fused_groups=fused_groups, rounding=rounding)
     require_one_process(built.optimizer, processes)
@@ -119,12 +122,13 @@ def build_run(recipe: Recipe, args: argparse.Namespace, draws: Draws | None = No
             processes.device,
             options.dataset.vae_batch_size if options.dataset.vae_batch_size > 1 else 0,
         ),
-        optimizer=built.optimizer,
+        optimizer=parallel.take_optimizer(built.optimizer, target.trained_modules().values()),
         lr_schedule=schedule,
-        scaler=make_scaler(options.precision, processes.device),
-        guard=FiniteGuard(built.optimizer, options.precision.nan_policy, processes),
+        scaler=None if parallel.spread else make_scaler(options.precision, processes.device),
+        guard=FiniteGuard(built.optimizer, options.precision.nan_policy, processes, masks=not parallel.spread),
         processes=processes,
-        autocast=processes.accelerator.autocast if setup.dtype != torch.float32 else contextlib.nullcontext,
+        parallel=parallel,
+        autocast=processes.autocast if setup.dtype != torch.float32 else contextlib.nullcontext,
         accumulation=feed.accumulation,
         max_grad_norm=0.0 if built.clips else options.optimizer.max_grad_norm,
         max_steps=steps,

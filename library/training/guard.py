@@ -51,17 +51,24 @@ class FiniteGuard:
         optimizer: of the run.
         policy: `--nan_policy`.
         processes: that train together, and leave an update out together.
+        masks: the optimizer may be asked to mask an update, where it can.
 
     Attributes:
         skipped: updates left out so far; in_a_row: those since the last good one.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, policy: str = "stop", processes: Processes | None = None
+        self,
+        optimizer: torch.optim.Optimizer,
+        policy: str = "stop",
+        processes: Processes | None = None,
+        *,
+        masks: bool = True,
     ) -> None:
         self.optimizer = optimizer
         self.policy = policy
         self.processes = processes
+        self.masks = masks
         self.last: Suspect | None = None
         self.skipped = self.in_a_row = 0
 
@@ -97,7 +104,7 @@ class FiniteGuard:
         elif bad.device.type != "cpu":
             flag = bad.cpu()
         self.last = Suspect(flag, ready, image_keys, timesteps, place_to_return)
-        if not in_backward and masks_on_device(self.optimizer):
+        if self.masks and not in_backward and masks_on_device(self.optimizer):
             self.optimizer.found_inf = bad.reshape(())  # type: ignore[attr-defined]
             return True
         if not self.last.is_bad():

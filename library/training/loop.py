@@ -55,10 +55,11 @@ def train_epoch(run: Run, interrupt: InterruptFlag, garbage: GarbageCollection) 
 
     for batch in run.log.stopwatch.waiting(run.feed.batches(plan, run.position.micro, run.position.step)):
         place = run.feed.place(epoch, run.position.micro)
-        loss, timesteps = micro_step(run, batch, place)
+        last = (run.position.micro + 1) % run.accumulation == 0 or run.position.micro + 1 == len(plan)
+        loss, timesteps = micro_step(run, batch, place, last=last)
         pending.append((loss, batch, timesteps))
         run.position.micro += 1
-        if run.position.micro % run.accumulation and run.position.micro < len(plan):
+        if not last:
             run.log.note(run, loss, run.target.on_step_end(), updated=False)
             run.log.flush_if_due(run)
             continue
@@ -81,8 +82,8 @@ def train_epoch(run: Run, interrupt: InterruptFlag, garbage: GarbageCollection) 
     end_epoch(run, plan)
 
 
-def micro_step(run: Run, batch: Batch, place: Place) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Forward and backward of one micro-batch.
+def micro_step(run: Run, batch: Batch, place: Place, *, last: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Forward and backward of one micro-batch; the last one before an update is told so.
 
     Returns:
         The batch's mean loss (on the device, before the division by the accumulation) and its timesteps.
@@ -92,7 +93,7 @@ def micro_step(run: Run, batch: Batch, place: Place) -> tuple[torch.Tensor, torc
     with run.log.work.counted(place.samples):
         loss, timesteps = run.target.compute_loss(run, batch, place)
         scaled = loss * (place.loss_weight / run.accumulation)
-        (run.scaler.scale(scaled) if run.scaler else scaled).backward()
+        run.parallel.backward(run.scaler.scale(scaled) if run.scaler else scaled, last=last)
     return loss.detach(), timesteps
 
 
@@ -105,10 +106,10 @@ def update(run: Run, pending: list[tuple[torch.Tensor, Batch, torch.Tensor | Non
     start = replace(run.position, micro=run.position.micro - len(pending))
     before = (start, run.lr_schedule.state_dict())
     parameters = run.target.trainable_parameters()
-    run.target.reduce_gradients(run.processes)
+    run.parallel.average(run.target.reduce_gradients, run.processes)
     if run.scaler:
         run.scaler.unscale_(run.optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, run.max_grad_norm) if run.max_grad_norm else None
+    norm = run.parallel.clip(parameters, run.max_grad_norm)
 
     # checked before this update is made, so that the state to save is still the one before the bad update
     stop_if_bad(run, run.guard.check_last())

@@ -5,13 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from library.messages import UserError
 from library.options.model_training import UNET_BLOCKS
 
+if TYPE_CHECKING:
+    from library.models.family import LoadedModel
+
 UNET = "unet"
+# Of the text encoders, as `Family.repeated_block_classes` of the U-Nets.
+TEXT_BLOCK_CLASSES = ("CLIPEncoderLayer",)
 # Prefix of a parameter's name in an SDXL U-Net -> number of its block, or of the first one of a list of blocks.
 _FIRST_BLOCKS = {"time_embed": 0, "label_emb": 0, "input_blocks": 1, "middle_block": 10, "output_blocks": 13, "out": 22}
 _BLOCK_COUNTS = {"input_blocks": 9, "middle_block": 3, "output_blocks": 9}
@@ -55,6 +61,16 @@ class Rates:
     @property
     def trains_text(self) -> bool:
         return any(self.text)
+
+
+def trained_modules(model: LoadedModel, rates: Rates) -> dict[str, nn.Module]:
+    """Names and modules of the parts that learn or have learned, U-Net first."""
+    modules: dict[str, nn.Module] = {UNET: model.unet} if rates.trains_unet else {}
+    names = ("text_encoder", "text_encoder_2")
+    for name, encoder, rate in zip(names, model.text_encoders, rates.text, strict=False):
+        if rate:
+            modules[name] = encoder
+    return modules
 
 
 def encoder_names(count: int) -> tuple[str, ...]:

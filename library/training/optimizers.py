@@ -382,5 +382,8 @@ def _fused(optimizer_class: type[torch.optim.Optimizer], plan: _Plan) -> dict[st
     if not own or {"fused", "foreach", "capturable", "differentiable"} & set(plan.arguments):
         return {}
     parameters = [p for group in plan.groups for p in group["params"]]
-    fits = all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in parameters)
+    # parts of weights (FSDP) have no such kernel for every class
+    fits = all(
+        p.device.type in FUSED_DEVICES and p.is_floating_point() and not hasattr(p, "full_tensor") for p in parameters
+    )
     return {"fused": True} if parameters and fits else {}

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from library.runtime.memory import TRAINING_REMEDIES
+from library.runtime.parallel import Copies
 from library.training.control import ControlFiles
 from library.training.ema import MovingAverage, no_average
 from library.training.moved import MovedCheck
@@ -55,6 +56,7 @@ class Run:
         scaler: gradient scaler under fp16, else None.
         accumulation: micro-steps per update; max_grad_norm: 0 for no clipping.
         max_steps, epochs: length of the run, counted from its start (not from a resume).
+        parallel: how weights, gradients and optimizer state lie on the processes.
         autocast: a context manager factory for the U-Net call.
         ema: moving average of what is trained; false in an if where there is none.
         validation: loss on held-out pictures.
@@ -90,3 +92,4 @@ class Run:
     control: ControlFiles = field(default_factory=ControlFiles)
     moved: MovedCheck = field(default_factory=MovedCheck)
     memory_remedies: tuple[str, ...] = TRAINING_REMEDIES
+    parallel: Copies = field(default_factory=Copies)

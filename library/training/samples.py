@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,24 +82,29 @@ class SamplePictures:
         if not path or not Path(path).is_file():
             log.warning("no sample pictures: there is no prompt file %s", path)
             return
-        with run.log.aside(run):
+        with run.log.aside(run), tempfile.TemporaryDirectory() as unseen:
             if run.processes.is_main:
-                self._draw_file(run, Path(path), epoch)
+                self._draw_file(run, Path(path), epoch, self.folder)
+            elif run.parallel.spread:
+                # the first process computes with the weights of all
+                self._draw_file(run, Path(path), epoch, Path(unseen))
             run.processes.barrier()
 
-    def _draw_file(self, run: Run, path: Path, epoch: int | None) -> None:
+    def _draw_file(self, run: Run, path: Path, epoch: int | None, folder: Path) -> None:
         from library.generation.sampling import read_prompts
         from library.training.optimizers import set_training
 
         prompts = read_prompts(path)
         set_training(run.optimizer, False)
-        self._draw_prompts(run, prompts, epoch, self.name, average=False)
+        self._draw_prompts(run, prompts, epoch, self.name, folder, average=False)
         if run.ema:
             with run.ema.in_place():
-                self._draw_prompts(run, prompts, epoch, (self.name or "") + FILE_MARK, average=True)
+                self._draw_prompts(run, prompts, epoch, (self.name or "") + FILE_MARK, folder, average=True)
         set_training(run.optimizer, True)
 
-    def _draw_prompts(self, run: Run, prompts: Any, epoch: int | None, name: str | None, *, average: bool) -> None:
+    def _draw_prompts(
+        self, run: Run, prompts: Any, epoch: int | None, name: str | None, folder: Path, *, average: bool
+    ) -> None:
         from library.generation.sampling import draw_samples
         from library.runtime.precision import weight_dtype
 
@@ -106,7 +112,7 @@ class SamplePictures:
             run.target.family,
             run.target.model,
             prompts,
-            output_dir=self.folder,
+            output_dir=folder,
             output_name=name,
             epoch=epoch,
             step=run.position.step,
@@ -119,7 +125,7 @@ class SamplePictures:
             words=run.target.words,
         )
         for one in drawn:
-            path = one.path.relative_to(self.folder).as_posix()
+            path = one.path.relative_to(folder).as_posix()
             shown = {"index": one.index, "prompt": one.prompt.prompt, "seed": one.seed, "ema": average}
             run.log.event(run, "sample", path=path, **shown)
             log_picture(run.processes.accelerator, f"sample_{one.index}", one.path, one.prompt.prompt, average)

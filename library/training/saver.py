@@ -127,7 +127,7 @@ class Saver:
         return saving.step_name(self.options.output_name, step, self.extension)
 
     def _save(self, run: Run, name: str, kind: saving.Kind | None, number: int, epoch: int) -> None:
-        if not self.main:
+        if not self.main and not run.parallel.spread:
             return
         self._write(run, self.folder / name, kind, number, epoch)
         if run.ema:
@@ -135,25 +135,28 @@ class Saver:
                 self._write(run, self.folder / marked_name(name, self.extension), kind, number, epoch)
 
     def _write(self, run: Run, path: Path, kind: saving.Kind | None, number: int, epoch: int) -> None:
-        log.info("saving %s", path)
+        log.info("saving %s", path)  # only the first process speaks
         set_training(run.optimizer, False)
         metadata = self.metadata(run, epoch) if self.metadata else {}
         run.target.save(path, save_dtype(self.options.save_precision), metadata, epoch=epoch, step=run.position.step)
         set_training(run.optimizer, True)
+        if not self.main:
+            return
         run.log.event(run, "save", path=path.name)
         if kind is not None:
             self.files.add(path, kind, number)
         self.uploads.send(path, last=kind is None)
 
     def _save_state(self, run: Run, name: str, kind: saving.Kind | None, number: int) -> None:
-        if not self.main:
+        if not self.main and not run.parallel.spread:
             return
         path = self.folder / name
         if kind is not None:
             self.files.add(path, kind, number, state=True)
         log.info("saving the state %s", path)
         save_state(run, path)
-        self.uploads.send_state(path)
+        if self.main:
+            self.uploads.send_state(path)
 
     def _remove(self, kind: saving.Kind, number: int | None, state_number: int | None) -> None:
         if self.main:

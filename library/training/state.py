@@ -34,8 +34,11 @@ AVERAGE_FILE = "average.safetensors"
 
 
 def save_state(run: Run, folder: Path) -> None:
-    """Write a state folder (main process only)."""
+    """Write a state folder; the main process does, and where weights are spread all take part."""
+    optimizer = run.parallel.optimizer_state(run.optimizer)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in run.target.state_dict().items()}
+    if not run.processes.is_main:
+        return
     size = sum(t.numel() * t.element_size() for t in weights.values())
     check_room(folder.parent, 4 * size)
     facts = {
@@ -53,7 +56,7 @@ def save_state(run: Run, folder: Path) -> None:
     if run.ema:
         facts["ema_updates"], averages = run.ema.state()
     parts = {
-        "optimizer": run.optimizer.state_dict(),
+        "optimizer": optimizer,
         "schedule": plain_schedule_state(run.lr_schedule),
         "scaler": run.scaler.state_dict() if run.scaler else None,
     }
@@ -173,7 +176,7 @@ def load_average(run: Run, folder: Path, updates: int) -> None:
 
 def load_optimizer(run: Run, state: dict[str, Any], folder: Path) -> None:
     try:
-        load_optimizer_state(run.optimizer, state)
+        run.parallel.load_optimizer(run.optimizer, state, load_optimizer_state)
     except (ValueError, KeyError) as error:
         raise UserError(
             f"--resume {folder} was made with another optimizer or other parameter groups",

@@ -20,7 +20,7 @@ from library.training.hooked_trainer import HookedSdxlTrainer, HookedTrainer
 from library.training.kept_weights import KeptWeights
 from library.training.latents import move_vae
 from library.training.metrics import model_step_logs
-from library.training.model_parts import Rates
+from library.training.model_parts import TEXT_BLOCK_CLASSES, Rates, trained_modules
 from library.training.recipes.recipe import Recipe, Setup
 from library.training.saving import ModelFormat, model_format
 from library.training.targets.model import ModelTarget
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 class ModelRecipe(Recipe):
     """A whole model of SD 1.x or 2.x; subclasses say which script's rules hold."""
+
+    spreads = ("FSDP", "--deepspeed")
 
     step_logs = staticmethod(model_step_logs)
     opener_class: type[HookedTrainer] = HookedTrainer
@@ -82,6 +84,7 @@ class ModelRecipe(Recipe):
         if options.precision.gradient_checkpointing and rates.trains_text:
             for encoder in setup.model.text_encoders:
                 enable_gradient_checkpointing(encoder)
+        self._spread(setup, rates)
         mixed = setup.dtype != torch.float32
         return ModelTarget(
             family=self.family,
@@ -93,9 +96,16 @@ class ModelRecipe(Recipe):
             text_steps=text_steps(options),
             weighted_captions=options.model.weighted_captions,
             short_captions=options.model_training.no_token_padding,
-            autocast=setup.processes.accelerator.autocast if mixed else contextlib.nullcontext,
+            autocast=setup.processes.autocast if mixed else contextlib.nullcontext,
             input_dtype=self.input_dtype(setup),
             kept=self.kept,
+            parallel=setup.parallel,
+        )
+
+    def _spread(self, setup: Setup, rates: Rates) -> None:
+        """Lay what learns on the processes."""
+        setup.parallel.place(
+            trained_modules(setup.model, rates), (*self.family.repeated_block_classes, *TEXT_BLOCK_CLASSES)
         )
 
     def input_dtype(self, setup: Setup) -> torch.dtype | None:

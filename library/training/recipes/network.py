@@ -37,6 +37,7 @@ class NetworkRecipe(Recipe):
     tracker = "network_train"
     support = SUPPORT["train_network.py"]
     hooks: Hooks
+    spreads = ("--deepspeed",)
 
     def __init__(self, trainer: NetworkTrainer) -> None:
         refuse_strategy_overrides(trainer)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from library.data.config_schema import Support
     from library.options.parser import Resolved
+    from library.runtime.parallel import Copies
     from library.runtime.processes import Processes
     from library.training.draws import Draws
     from library.training.feed import DataFeed
@@ -41,6 +42,7 @@ class Setup:
         tokenizers: one per text encoder.
         group: the data set group.
         processes, draws: of the run.
+        parallel: how weights, gradients and optimizer state lie on the processes.
         dtype: of frozen weights and of the computations (`--mixed_precision`).
     """
 
@@ -49,6 +51,7 @@ class Setup:
     tokenizers: list[Any]
     group: Any
     processes: Processes
+    parallel: Copies
     draws: Draws
     dtype: torch.dtype
     opened: LoadedModel | None = None
@@ -78,6 +81,7 @@ class Recipe(ABC):
         step_logs: makes the trackers' values of a micro-step.
         says_token_ids: `--debug_dataset` says them too.
         hooks: of a trainer object of third parties, where there is one.
+        spreads: ways of spreading the weights over processes that work, `FSDP` and `--deepspeed`.
     """
 
     script: str
@@ -86,6 +90,7 @@ class Recipe(ABC):
     step_logs = staticmethod(step_logs)
     says_token_ids = False
     hooks: Hooks | None = None
+    spreads: tuple[str, ...] = ()
 
     def __init__(self, opener: HookedTrainer) -> None:
         self.opener = opener

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,10 @@ import torch
 from library.messages import UserError, log
 from library.models.family import TextCondition
 from library.models.tokenizers import without_padding
+from library.runtime.parallel import Copies
 from library.training.classic_text import get_weighted_text_embeddings
 from library.training.kept_weights import KeptWeights
-from library.training.model_parts import Rates, freeze_parts, trained_parts
+from library.training.model_parts import Rates, freeze_parts, trained_modules, trained_parts
 from library.training.saving import ModelFormat
 from library.training.targets.target import Target, non_finite
 
@@ -41,6 +43,7 @@ class ModelTarget(Target):
         autocast: a context manager factory for the text encoders that learn.
         input_dtype: of the latents that the U-Net is given, and of cached text; None leaves them.
         kept: what halving took from the parts that do not learn; it is written.
+        parallel: how the weights lie on the processes.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class ModelTarget(Target):
         autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
         input_dtype: torch.dtype | None = None,
         kept: KeptWeights | None = None,
+        parallel: Copies | None = None,
     ) -> None:
         self.family = family
         self.model = model
@@ -71,6 +75,7 @@ class ModelTarget(Target):
         self.autocast = autocast
         self.input_dtype = input_dtype
         self.kept = kept or KeptWeights()
+        self.parallel = parallel or Copies()
         self.trains_text = rates.trains_text
         freeze_parts(model.unet, model.text_encoders, rates, family.idle_parameters(model.text_encoders, clip_skip))
         self.parts = trained_parts(model.unet, model.text_encoders, rates)
@@ -81,12 +86,7 @@ class ModelTarget(Target):
 
     def trained_modules(self) -> dict[str, torch.nn.Module]:
         """Names (prefixes in a state) and modules, U-Net first; whether they still learn or have stopped."""
-        modules: dict[str, torch.nn.Module] = {"unet": self.model.unet} if self.rates.trains_unet else {}
-        names = ("text_encoder", "text_encoder_2")
-        for name, encoder, rate in zip(names, self.model.text_encoders, self.rates.text, strict=False):
-            if rate:
-                modules[name] = encoder
-        return modules
+        return trained_modules(self.model, self.rates)
 
     def parameter_groups(self) -> tuple[list[dict[str, Any]], list[str]]:
         groups = [{"params": list(part.parameters), "lr": part.rate} for part in self.parts]
@@ -96,12 +96,17 @@ class ModelTarget(Target):
         return self._parameters
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return {f"{name}.{key}": t for name, m in self.trained_modules().items() for key, t in m.state_dict().items()}
+        return {
+            f"{name}.{key}": tensor
+            for name, module in self.trained_modules().items()
+            for key, tensor in self.parallel.module_state(module).items()
+        }
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         for name, module in self.trained_modules().items():
             prefix = f"{name}."
-            module.load_state_dict({k[len(prefix) :]: t for k, t in state.items() if k.startswith(prefix)})
+            own = {k[len(prefix) :]: t for k, t in state.items() if k.startswith(prefix)}
+            self.parallel.load_module(module, own)
 
     def load_prepared(self, states: list[dict[str, torch.Tensor]]) -> None:
         """U-Net and trained text encoders, in this order."""
@@ -186,7 +191,11 @@ class ModelTarget(Target):
 
     def save(self, path: Path, dtype: torch.dtype | None, metadata: dict[str, str], *, epoch: int, step: int) -> None:
         """Write the model; refused when a weight is not finite."""
-        bad = non_finite(self.state_dict())
+        model = self._whole_model()
+        if model is None:
+            return
+        written = trained_modules(model, self.rates).items()
+        bad = non_finite({f"{name}.{key}": t for name, module in written for key, t in module.state_dict().items()})
         if bad:
             raise UserError(
                 f"{path.name} is not written: {len(bad)} weights are not finite numbers, the first is {bad[0]}",
@@ -194,7 +203,7 @@ class ModelTarget(Target):
             )
         with self.kept.restored():
             self.family.save(
-                self.model,
+                model,
                 path,
                 stability_layout=self.written_as.stability_layout,
                 safetensors=self.written_as.safetensors,
@@ -203,3 +212,16 @@ class ModelTarget(Target):
                 epoch=epoch,
                 step=step,
             )
+
+    def _whole_model(self) -> LoadedModel | None:
+        """The model with whole weights; None on processes that do not write it."""
+        learned = self.trained_modules()
+        whole = {name: self.parallel.whole_module(name, module) for name, module in learned.items()}
+        if None in whole.values():
+            return None
+        by_module = {id(learned[name]): module for name, module in whole.items()}
+        return replace(
+            self.model,
+            unet=by_module.get(id(self.model.unet), self.model.unet),
+            text_encoders=[by_module.get(id(encoder), encoder) for encoder in self.model.text_encoders],
+        )

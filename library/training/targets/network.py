@@ -99,6 +99,9 @@ class NetworkTarget(Target):
         parts = ["textencoder"] * self.trains_text + ["unet"] * self.trains_unet
         return parts if count == len(parts) else [f"group{i}" for i in range(count)]
 
+    def trained_modules(self) -> dict[str, torch.nn.Module]:
+        return {"network": self.network}
+
     def extra_modules(self) -> list[torch.nn.Module]:
         return [self.network]
 

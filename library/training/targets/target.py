@@ -42,6 +42,10 @@ class Target(ABC):
     words: Words | None = None
     validating: bool = False
 
+    def trained_modules(self) -> dict[str, torch.nn.Module]:
+        """Names and modules that hold what is trained, where a way of spreading weights must know them."""
+        return {}
+
     @abstractmethod
     def parameter_groups(self) -> tuple[list[dict[str, Any]], list[str]]:
         """Optimizer groups (`params`, `lr`) and one name per group for the logs."""
@@ -73,10 +77,6 @@ class Target(ABC):
     @abstractmethod
     def save(self, path: Path, dtype: torch.dtype | None, metadata: dict[str, str], *, epoch: int, step: int) -> None:
         """Write the trained thing as the file format of its kind."""
-
-    def written_tensors(self) -> Iterable[torch.Tensor]:
-        """What `save` writes, for its size."""
-        return self.state_dict().values()
 
     def written_tensors(self) -> Iterable[torch.Tensor]:
         """What `save` writes, for its size."""
