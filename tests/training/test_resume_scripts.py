@@ -1,4 +1,4 @@
-"""Every script and kind of optimizer, resumed at random steps, ends with the weights of a run that was not interrupted."""
+"""Every script and kind of optimizer, resumed at random steps, ends with the weights of a whole run."""
 
 from __future__ import annotations
 
