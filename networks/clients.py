@@ -70,6 +70,7 @@ KINDS: tuple[FileKind, ...] = (
         {"diffusers": "each of clip_l and clip_g must be given by itself"},
         pattern=r"^clip_[lg]$",
     ),
+    FileKind("XTI embedding", (), pattern=r"^(IN0\d|MID|OUT\d\d)$"),
     FileKind("LyCORIS OFT", ("ComfyUI", "A1111", "LyCORIS"), pattern=r"\.oft_(blocks|diag)$"),
     FileKind("LoHa", _LYCORIS, pattern=r"\.hada_"),
     FileKind("LoKr", _LYCORIS, pattern=r"\.lokr_"),

@@ -18,7 +18,7 @@ from library.models.hashes import network_hashes
 _FAMILIES = (
     (r"^lllite_unet_", "a ControlNet-LLLite file"),
     (r"^oft_unet_|\.oft_blocks$", "an OFT network"),
-    (r"^bundle_emb\.|^(emb_params|clip_l|clip_g)$", "an embedding"),
+    (r"^bundle_emb\.|^(emb_params|clip_l|clip_g|IN0\d|MID|OUT\d\d)$", "an embedding"),
     (r"^model\.diffusion_model\.|^first_stage_model\.", "a whole model"),
     (r"^(unet|text_encoder|base_model)\..*lora", "a diffusers or peft LoRA"),
     (r"^lora_unet_(double|single)_blocks_|^lora_te3_|^lora_transformer_", "a network for Flux or SD3"),

@@ -93,3 +93,13 @@ def test_other_files_are_named(tmp_path: Path) -> None:
         inspect(build_parser(SCRIPT).parse_args([str(tmp_path / "flux.safetensors")]))
     with pytest.raises(UserError, match="does not exist"):
         inspect(build_parser(SCRIPT).parse_args([str(tmp_path / "nothing")]))
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("ti_sd1.pt", "embedding"), ("ti_sdxl.safetensors", "SDXL embedding"), ("xti.safetensors", "XTI embedding")],
+)
+def test_embeddings(name: str, method: str, golden: Path, facts) -> None:
+    told = facts(golden / f"embeddings_file_{name}")
+    assert told["method"] == method
+    assert told["for"] == "an embedding"
