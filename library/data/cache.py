@@ -128,8 +128,8 @@ def cache_latents(
         UserError: latents cannot be cached with these settings, are not finite, pictures cannot be read (all others
             are cached then), or a file cannot be written.
     """
+    require_fixed_pictures(datasets)
     members = [dataset for dataset in datasets if isinstance(dataset, Dataset)]
-    require_fixed_pictures(members)
     bad: list[UserError] = []
     cacher = Cacher(
         encode, encode_exact, batch_size, readers or min(8, os.cpu_count() or 1), lambda task, error: bad.append(error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from library.data.buckets import Size
 from library.data.dataset import Dataset
@@ -47,13 +48,17 @@ class Task:
         return FLOAT_BYTES * values + FILE_BYTES
 
 
-def require_fixed_pictures(datasets: Sequence[Dataset]) -> None:
-    """Refuse subsets that change their pictures at random.
+def require_fixed_pictures(datasets: Sequence[Any]) -> None:
+    """Refuse subsets that change their pictures at random, and data sets of others that cannot be cached.
 
     Raises:
         UserError: names the setting and the folder.
     """
     for dataset in datasets:
+        if not isinstance(dataset, Dataset):
+            if not dataset.is_latent_cacheable():
+                raise UserError(f"latents cannot be cached for {type(dataset).__name__}", "leave --cache_latents out")
+            continue
         for subset in dataset.subsets:
             option = "color_aug" if subset.color_aug else "random_crop" if subset.random_crop else None
             if option:

@@ -128,8 +128,6 @@ def cache_group_latents(
 ) -> None:
     """Encode every picture once, before the first step, and send the VAE back."""
     config = options.dataset
-    if not group.is_latent_cacheable():
-        raise UserError("--cache_latents with --color_aug or --random_crop", "leave one of them out")
     move_vae(model.vae, processes.device, vae_dtype)
     encoder = CacheEncoder(model.vae, draws, processes.device)
     datasets = getattr(group, "with_validation", group.datasets)

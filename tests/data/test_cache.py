@@ -449,6 +449,21 @@ def test_changing_pictures_are_refused(shapes, make_group, setting, to_disk):
         cache_latents(make_group(shapes, **{setting: True}).datasets, Counting(), to_disk=to_disk)
 
 
+def test_data_sets_of_others_say_whether_they_can_be_cached(shapes, make_group):
+    class Foreign:
+        def __init__(self, cacheable):
+            self.cacheable = cacheable
+
+        def is_latent_cacheable(self):
+            return self.cacheable
+
+    group = make_group(shapes)
+    report = cache_latents([*group.datasets, Foreign(True)], Counting())
+    assert report.made == 6
+    with pytest.raises(UserError, match="latents cannot be cached for Foreign"):
+        cache_latents([*group.datasets, Foreign(False)], Counting())
+
+
 def test_values_that_are_not_finite_are_made_again_exactly(shapes, make_group):
     bad = {"count": 0}
 
