@@ -1,115 +1,36 @@
-"""Memory of an SDXL LoRA step, computed from shapes without a graphics card.
+"""Memory of an SDXL step, computed from shapes without a graphics card: of a LoRA, or of the whole U-Net.
 
-    python -m benchmarks.sdxl_memory [--size 1024] [--batch 1] [--rank 16]
+    python -m benchmarks.sdxl_memory [--size 1024] [--batch 1] [--rank 16] [--full]
 
-The full-size U-Net with `networks.lora` runs a forward and a backward pass on torch's meta device. Every tensor that
-the pass makes is counted for as long as it lives, so activations, recomputed blocks and temporary tensors are all in
-the peak. Norms run in float32 and everything else in bfloat16, as autocast has it on a card; attention keeps
-what the fused kernels keep (queries, keys, values, output and one number a row). Not counted: the context of the
-driver (about 0.5 GiB), workspaces of kernels, and what the allocator rounds up.
+`--full` trains the U-Net with AdaFactor and updates inside the backward pass, checkpointing every block.
+
+The full-size U-Net with `networks.lora` runs a forward and a backward pass on torch's meta device, in bfloat16 as
+autocast has it, and every tensor is counted for as long as it lives (`library/runtime/shape_memory.py`, which trainings
+use for their own estimate). Not counted: the context of the driver (about 0.5 GiB), workspaces of kernels, and what
+the allocator rounds up.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import weakref
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.models import add_own_lora
 from library.models.unet_sdxl import SdxlUNet2DConditionModel
-from library.runtime import precision
+from library.options.optimizer import OptimizerConfig
+from library.runtime.shape_memory import LiveBytes, as_on_a_device
 from library.runtime.wrap import WrapPolicy, wrap_model
-from networks import low_rank
+from library.training.optimizers import make_optimizer
+from library.training.stochastic_rounding import StochasticRounding
 
 GIB = 2**30
 LOW = torch.bfloat16
-FORMATS = (
-    *((F, name, torch.float32) for name in ("group_norm", "layer_norm")),
-    *((F, name, LOW) for name in ("linear", "conv2d")),
-    *((torch, name, LOW) for name in ("addmm", "mm", "matmul")),
-)
 # Bytes that an optimizer keeps for a parameter of the network.
 OPTIMIZERS = {"AdamW": 8, "8-bit AdamW": 2}
 # Parameters of what may lie beside the U-Net, in millions.
 TEXT_ENCODERS, VAE = 123.1 + 694.7, 83.7
-
-
-class Live(TorchDispatchMode):
-    """Counts the bytes of all tensors that are alive."""
-
-    def __init__(self, there: Iterable[torch.Tensor]) -> None:
-        """`there`: tensors that are counted elsewhere, so that views of them are not."""
-        super().__init__()
-        self.now = self.peak = 0
-        self.seen = {tensor.untyped_storage()._cdata for tensor in there}
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, torch.Tensor):
-                self._note(tensor.untyped_storage())
-        return result
-
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self.seen:
-            return
-        self.seen.add(key)
-        size = storage.nbytes()
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._gone, key, size)
-
-    def _gone(self, key: int, size: int) -> None:
-        self.seen.discard(key)
-        self.now -= size
-
-
-class FusedAttention(torch.autograd.Function):
-    """What a fused attention kernel keeps and makes."""
-
-    @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        q, k, v, *_ = ctx.saved_tensors
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-@contextlib.contextmanager
-def as_on_a_card() -> Iterator[None]:
-    """Norms in float32, products in bfloat16, as autocast has it; meta tensors know no autocast."""
-    with contextlib.ExitStack() as stack:
-        for module, name, dtype in FORMATS:
-            stack.enter_context(mock.patch.object(module, name, cast_inputs(getattr(module, name), dtype)))
-        for module in (precision, low_rank):
-            stack.enter_context(mock.patch.object(module, "autocast_dtype", lambda _: LOW))
-        fused = cast_inputs(FusedAttention.apply, LOW)
-        attention = mock.patch.object(F, "scaled_dot_product_attention", lambda q, k, v, **_: fused(q, k, v))
-        stack.enter_context(attention)
-        yield
-
-
-def cast_inputs(function: Callable, dtype: torch.dtype) -> Callable:
-    def cast_and_call(*args: Any, **kwargs: Any) -> Any:
-        return function(*(cast(a, dtype) for a in args), **{k: cast(v, dtype) for k, v in kwargs.items()})
-
-    return cast_and_call
-
-
-def cast(value: Any, dtype: torch.dtype) -> Any:
-    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def step_bytes(size: int, batch: int, rank: int, interval: int) -> tuple[int, int, int]:
@@ -121,14 +42,51 @@ def step_bytes(size: int, batch: int, rank: int, interval: int) -> tuple[int, in
     wrap_model(unet, WrapPolicy(device="meta", checkpointing_interval=interval), family="sdxl")
     unet.train()
     weights = sum(p.numel() * p.element_size() for p in unet.parameters())
+    live = LiveBytes([*unet.parameters(), *subject.parameters])
+    with live, as_on_a_device(LOW):
+        unet(*inputs(size, batch)).float().square().mean().backward()
+    return weights, sum(p.numel() for p in subject.parameters), live.peak
+
+
+def full_step_bytes(size: int, batch: int, weights: torch.dtype) -> tuple[int, int]:
+    """(U-Net weights, peak beside them of an update that is not the first, moments included)."""
+    with torch.device("meta"):
+        unet = SdxlUNet2DConditionModel()
+    unet.to(weights).train()
+    wrap_model(unet, WrapPolicy(device="meta", checkpointing_interval=1), family="sdxl")
+    arguments = ["relative_step=False", "scale_parameter=False"]
+    config = OptimizerConfig(
+        optimizer_type="AdaFactor", optimizer_args=arguments, learning_rate=1e-5, fused_backward_pass=True
+    )
+    rounding = StochasticRounding(0) if weights == LOW else None
+    optimizer = make_optimizer(list(unet.parameters()), config, rounding=rounding).optimizer
+    live = LiveBytes(unet.parameters())
+    # tensors without content draw nothing
+    with mock.patch.object(StochasticRounding, "_generator", lambda *_: None), live, as_on_a_device(LOW):
+        for _ in range(2):
+            unet(*inputs(size, batch)).float().square().mean().backward()
+            optimizer.finish_backward()
+    return sum(p.numel() * p.element_size() for p in unet.parameters()), live.peak
+
+
+def inputs(size: int, batch: int) -> tuple[torch.Tensor, ...]:
+    """Latents, timesteps, text and sizes, as the U-Net takes them."""
     side = size // 8
     with torch.device("meta"):
         latents, times = torch.empty(batch, 4, side, side, dtype=LOW), torch.empty(batch, dtype=torch.int64)
         context, vector = torch.empty(batch, 77, 2048, dtype=LOW), torch.empty(batch, 2816, dtype=LOW)
-    live = Live([*unet.parameters(), *subject.parameters])
-    with live, as_on_a_card():
-        unet(latents, times, context, vector).float().square().mean().backward()
-    return weights, sum(p.numel() for p in subject.parameters), live.peak
+    return latents, times, context, vector
+
+
+def print_full(size: int, batches: list[int]) -> None:
+    print(f"SDXL, whole U-Net, AdaFactor in the backward pass, {size}x{size}, computing in bfloat16; GiB")
+    print("| batch | weights in | U-Net | step | sum |\n" + "|---" * 5 + "|")
+    for batch in batches:
+        for dtype in (LOW, torch.float32):
+            weights, peak = full_step_bytes(size, batch, dtype)
+            cells = [weights / GIB, peak / GIB, (weights + peak) / GIB]
+            name = str(dtype).partition(".")[2]
+            print(f"| {batch} | {name} | " + " | ".join(f"{cell:.1f}" for cell in cells) + " |")
 
 
 def main() -> None:
@@ -136,7 +94,11 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=1024, help="side of the pictures")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4], help="pictures a step")
     parser.add_argument("--rank", type=int, default=16, help="network_dim")
+    parser.add_argument("--full", action="store_true", help="the whole U-Net instead of a LoRA")
     args = parser.parse_args()
+    if args.full:
+        print_full(args.size, args.batch)
+        return
     print(f"SDXL LoRA, rank {args.rank}, {args.size}x{args.size}, bfloat16, caches for latents and text; GiB")
     print("| batch | checkpointing | U-Net | network | step | sum with AdamW | sum with 8-bit AdamW |")
     print("|---" * 7 + "|")

@@ -63,6 +63,15 @@ class Processes:
 
         return self.accelerator.autocast(AutocastKwargs(cache_enabled=False))
 
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Automatic mixed precision, without keeping the casted weights: each is used once in a forward pass.
+
+        Kept, they would lie beside float32 weights until the pass is over, half a model more.
+        """
+        from accelerate.utils import AutocastKwargs
+
+        return self.accelerator.autocast(AutocastKwargs(cache_enabled=False))
+
     def barrier(self) -> None:
         """Wait until every process is here."""
         self.accelerator.wait_for_everyone()

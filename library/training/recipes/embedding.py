@@ -172,7 +172,7 @@ class EmbeddingRecipe(Recipe):
             model=model,
             word=self.word,
             weight_dtype=setup.dtype,
-            autocast=setup.processes.accelerator.autocast if mixed else contextlib.nullcontext,
+            autocast=setup.processes.autocast if mixed else contextlib.nullcontext,
             halved=is_halved(setup.args),
             rows_alone=takes_rows_alone(setup.options),
         )
