@@ -126,7 +126,9 @@ class remembered:
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+    """What lies in the folder, the diary of a failed run (its record and page) aside."""
+    paths = [p for p in sorted(folder.rglob("*")) if p.name not in ("x-metrics.jsonl", "x-report.html")]
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in paths}
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@
     save        one written file
     end         how the run ended
 
-Lines are appended whole. A state folder says how long the record was when it was saved; a resumed run goes on from
+The file is made with the first step, so a run that fails before leaves an earlier one as it was. Lines are appended
+whole. A state folder says how long the record was when it was saved; a resumed run goes on from
 there, so no step stands in it twice.
 """
 
@@ -16,13 +17,13 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import time
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from library.messages import Interrupted, log
+from library.messages import Interrupted, UserError, log
 from library.runtime.files import atomic_path
 
 FORMAT = 1
@@ -41,7 +42,9 @@ class Record:
         self.path = path
         self.page = page
         self._kept: bytes | None = None
+        self._early = b""
         self._file: Any = None
+        self._size = self._checksum = 0
 
     def go_on(self, state: dict[str, Any] | None) -> None:
         """Keep what the resumed run had recorded when its state was saved (`state()`); before `start`."""
@@ -51,28 +54,45 @@ class Record:
         own = self.path if self.path.exists() else Path(state["path"])
         try:
             with open(own, "rb") as file:
-                self._kept = file.read(state["size"])
+                kept = file.read(state["size"])
         except OSError:
-            log.info("the record of the earlier steps, %s, is gone; it begins anew", own)
+            kept = b""
+        if zlib.crc32(kept) == state["checksum"]:
+            self._kept = kept
+        else:
+            log.info("%s is not the record of the earlier steps any more; it begins anew", own)
 
     def start(self, facts: dict[str, Any]) -> None:
-        """Open the file: anew, or with what `go_on` kept."""
-        with atomic_path(self.path) as partial:
-            partial.write_bytes(self._kept or b"")
-        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115, it is open as long as the run
+        """The first line: of a new record, or after what `go_on` kept."""
         self.add({"kind": "run", "format": FORMAT, "resumed": self._kept is not None, **facts})
 
     def add(self, *lines: dict[str, Any]) -> None:
         """Append lines with one write."""
-        if self._file is None:
-            return
         now = round(time.time(), 3)
-        text = "".join(json.dumps({**plain(line), "time": now}) + "\n" for line in lines)
+        text = "".join(json.dumps({**plain(line), "time": now}) + "\n" for line in lines).encode()
         try:
-            self._file.write(text.encode())
-        except OSError as error:
-            log.warning("%s cannot be written any more (%s); training goes on without it", self.path, error.strerror)
+            if self._file is None and not self._size:
+                self._early += text
+                if any(line["kind"] == "step" for line in lines):
+                    self._begin()
+            elif self._file is not None:
+                self._file.write(text)
+                self._count(text)
+        except (OSError, UserError) as error:
+            log.warning("%s cannot be written any more (%s); training goes on without it", self.path, error)
             self.close()
+
+    def _begin(self) -> None:
+        """Make the file, with what there is so far."""
+        text, self._early = (self._kept or b"") + self._early, b""
+        self._count(text)
+        with atomic_path(self.path) as partial:
+            partial.write_bytes(text)
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115, it is open as long as the run
+
+    def _count(self, text: bytes) -> None:
+        self._size += len(text)
+        self._checksum = zlib.crc32(text, self._checksum)
 
     @contextlib.contextmanager
     def open_until_the_end(self) -> Iterator[None]:
@@ -87,7 +107,7 @@ class Record:
     def _finish(self, problem: str | None, asked: bool = False) -> None:
         self.add({"kind": "end", "problem": problem, "asked": asked})
         self.close()
-        if self.page is None:
+        if self.page is None or not self._size:
             return
         from library.training.run_page import write_page
 
@@ -104,8 +124,9 @@ class Record:
 
     def state(self) -> dict[str, Any]:
         """Where the record is and how long it is now."""
-        size = os.path.getsize(self.path) if self.path.exists() else 0
-        return {"path": str(self.path.absolute()), "size": size}
+        kept = self._kept or b""
+        size, checksum = (self._size, self._checksum) if self._size else (len(kept), zlib.crc32(kept))
+        return {"path": str(self.path.absolute()), "size": size, "checksum": checksum}
 
 
 def record_path(output_dir: str | None, output_name: str | None) -> Path:

@@ -96,12 +96,52 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
         file.write('{"kind": "step", "st')
     assert [line["kind"] for line in read_record(path)] == ["run", "step", "step"]
 
+    def go_on() -> list:
+        resumed = Record(path)
+        resumed.go_on(state)
+        resumed.start({"name": "x"})
+        assert resumed.state() == state, "nothing is written before the first step"
+        resumed.add({"kind": "step", "step": 3})
+        resumed.close()
+        return [line.get("step") for line in read_record(path)]
+
+    assert go_on() == [None, 1, 2, None, 3]
+
+
+def test_the_record_of_another_run_is_not_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "x-metrics.jsonl"
+    states = []
+    for name in ("first", "second"):
+        record = Record(path)
+        record.start({"name": name})
+        record.add({"kind": "step", "step": 1})
+        states.append(record.state())
+        record.close()
     resumed = Record(path)
-    resumed.go_on(state)
-    resumed.start({"name": "x"})
-    resumed.add({"kind": "step", "step": 3})
+    resumed.go_on(states[0])
+    resumed.start({"name": "third"})
+    resumed.add({"kind": "step", "step": 2})
     resumed.close()
-    assert [line.get("step") for line in read_record(path)] == [None, 1, 2, None, 3]
+    assert [line.get("name", line.get("step")) for line in read_record(path)] == ["third", 2]
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_the_earlier_record(tmp_path: Path) -> None:
+    path, page = tmp_path / "x-metrics.jsonl", tmp_path / "x-report.html"
+    path.write_text("earlier", encoding="utf-8")
+    record = Record(path, page)
+    record.start({"name": "x"})
+    with pytest.raises(ValueError), record.open_until_the_end():
+        raise ValueError
+    assert path.read_text(encoding="utf-8") == "earlier" and not page.exists()
+
+
+def test_a_full_disk_does_not_end_the_training(tmp_path: Path) -> None:
+    record = Record(tmp_path / "none" / "x-metrics.jsonl")
+    (tmp_path / "none").write_text("a file where the folder should be", encoding="utf-8")
+    record.start({"name": "x"})
+    record.add({"kind": "step", "step": 1})
+    record.add({"kind": "step", "step": 2})
+    record.close()
 
 
 def test_strict_json() -> None:
