@@ -57,7 +57,7 @@ class Record:
                 kept = file.read(state["size"])
         except OSError:
             kept = b""
-        if zlib.crc32(kept) == state["checksum"]:
+        if zlib.crc32(kept) == state.get("checksum"):
             self._kept = kept
         else:
             log.info("%s is not the record of the earlier steps any more; it begins anew", own)

@@ -40,7 +40,7 @@ def save_state(run: Run, folder: Path) -> None:
     if not run.processes.is_main:
         return
     size = sum(t.numel() * t.element_size() for t in weights.values())
-    check_room(folder.parent, 4 * size)
+    check_room(folder.parent, (5 if run.ema else 4) * size)
     facts = {
         "format": FORMAT,
         "position": asdict(run.position),
