@@ -280,7 +280,7 @@ def test_files_that_do_not_fit(
         (("--init_word", ""), "--init_word is empty"),
         (("--token_string", "a/b"), "--token_string a/b cannot be a file name"),
         (("--weights", "none.pt"), r"--weights none\.pt: there is no such file"),
-        (("--cache_latents", "--color_aug"), "--cache_latents with --color_aug"),
+        (("--cache_latents", "--color_aug"), "latents cannot be cached with color_aug"),
     ],
 )
 def test_options_that_cannot_work(options: tuple[str, ...], message: str, built: Callable[..., Any]) -> None:
