@@ -58,13 +58,14 @@ def disk_need(run: Run, options: Resolved) -> DiskNeed:
     file = _size(run.target.written_tensors(), save_dtype(saving.save_precision))
     state = _size(run.target.state_dict().values(), None)
     state += moments_bytes(run.target.trainable_parameters(), options)
+    state += _size(run.ema.averages, None)
     files, states = _kept(saving, run.max_steps, run.epochs, state=False), 0
     if saving.save_state:
         states = _kept(saving, run.max_steps, run.epochs, state=True)
     return DiskNeed(
         file=file,
         state=state,
-        files=files + 1,
+        files=(files + 1) * (2 if run.ema else 1),
         states=states + state_due_at_end(saving),
         free=shutil.disk_usage(_existing(Path(saving.output_dir or "."))).free,
     )

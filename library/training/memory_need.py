@@ -99,6 +99,7 @@ def _weights(run: Run) -> int:
     model, device = run.target.model, run.processes.device
     modules = [model.unet, *model.text_encoders, model.vae, *run.target.extra_modules()]
     tensors = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
+    tensors |= {id(average): average for average in run.ema.averages}
     return sum(t.numel() * t.element_size() for t in tensors.values() if t.device.type == device.type)
 
 

@@ -151,3 +151,18 @@ def test_average_on_the_cpu_equals_the_other(train) -> None:
     a = load_file(train("--ema_decay", "0.5", output="a", steps=2) / "x-ema.safetensors")
     b = load_file(train("--ema_decay", "0.5", "--ema_device", "cpu", output="b", steps=2) / "x-ema.safetensors")
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_room_and_memory_for_it_are_counted(command, monkeypatch: pytest.MonkeyPatch) -> None:
+    from library.options.parser import parse
+    from library.training import assemble
+    from library.training.disk_need import disk_need
+    from library.training.network_trainer import NetworkTrainer
+
+    needs = []
+    monkeypatch.setattr(assemble, "show_settings", lambda options, run, *_: needs.append(disk_need(run, options)))
+    for options in ((), ("--ema_decay", "0.9")):
+        NetworkTrainer().train(parse("train_network.py", command(*options, "--save_state", "--dry_run")))
+    plain, averaged = needs
+    assert averaged.files == 2 * plain.files
+    assert averaged.state > plain.state and averaged.state - plain.state <= 1.1 * plain.file
