@@ -229,6 +229,11 @@ def make_validation(setup: Setup) -> NoValidation:
     """The loss on held-out pictures, where there are any."""
     options, group = setup.options, getattr(setup.group, "validation", None)
     if group is None:
+        if options.dataset.validation_split:
+            log.warning(
+                "--validation_split %g holds out no picture: there is no validation loss; give a larger share",
+                options.dataset.validation_split,
+            )
         return NoValidation()
     given = options.dataset.validation_seed
     return Validation(

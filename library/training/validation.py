@@ -201,7 +201,7 @@ class Validation(NoValidation):
         finally:
             set_training(run.optimizer, True)
         by_timestep = dict(zip(self.timesteps, losses, strict=True))
-        return Measured(run.position.step, _mean(losses), by_timestep, average and _mean(average))
+        return Measured(run.position.step, _mean(losses), by_timestep, None if average is None else _mean(average))
 
     @torch.no_grad()
     def _losses(self, run: Run) -> list[float]:

@@ -155,6 +155,14 @@ def test_a_rise_reaches_user_and_record(train, monkeypatch: pytest.MonkeyPatch, 
     assert len(kind(read_record(out / "x-metrics.jsonl"), "notice")) == 1
 
 
+def test_a_share_of_no_picture_is_told(train, caplog: pytest.LogCaptureFixture) -> None:
+    log.propagate = True
+    with caplog.at_level("WARNING", logger=log.name):
+        out = train("--validation_split", "0.01", steps=1)
+    assert "--validation_split 0.01 holds out no picture" in caplog.text
+    assert passes(out) == []
+
+
 def test_sdxl_is_validated_too(train_sdxl) -> None:
     out = train_sdxl(*HELD_OUT, "--validate_every_n_steps", "1", "--network_train_unet_only", steps=1)
     first, last = passes(out)
