@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 MAX_SEED = 2**32 - 1
 # Options that give parts of what is trained a rate of their own.
-RATES = ("unet_lr", "text_encoder_lr")
+RATES = ("unet_lr", "text_encoder_lr", "learning_rate_te", "learning_rate_te1", "learning_rate_te2")
 
 
 def build_run(recipe: Recipe, args: argparse.Namespace, draws: Draws | None = None) -> Run | None:
