@@ -20,7 +20,10 @@ from library.data.text_file import FOREIGN, SUFFIX, TextOrigin, read_text
 from library.data.text_file import judge as judge_text
 from library.messages import UserError
 
+BROKEN, NOT_FINITE = "broken file", "values that are not finite"
 HOLDS = (VALID, MOVED, FOREIGN)
+# What serves no run whatever its settings; other files that do not hold now may hold for another training.
+DEAD = frozenset({BROKEN, NOT_FINITE, "picture changed", "caption changed", "older format", "arrays missing"})
 # What other programs and this one append to a picture's name in latent cache files.
 _SIZED = re.compile(r"(_\d{4,}x\d{4,}_(sd|sdxl))?\.npz$")
 # And to the captions' caches of pictures with several captions.
@@ -52,7 +55,7 @@ def verify(datasets: Sequence[object], family: str, *, text: bool = False) -> Ve
     """
     found = Verdicts()
     for file, verdict in _judged([one for one in datasets if isinstance(one, Dataset)], family, text):
-        if verdict in HOLDS:
+        if verdict not in (ABSENT, OTHER):
             verdict = _whole(file, text) or verdict
         if verdict in HOLDS:
             found.held += 1
@@ -87,13 +90,13 @@ def _whole(file: str, text: bool) -> str | None:
             entry = read_latents(file)
             tensors = [tensor for tensor in (entry.latents, entry.flipped, entry.mask) if tensor is not None]
     except UserError:
-        return "broken file"
-    return None if all(torch.isfinite(tensor).all() for tensor in tensors) else "values that are not finite"
+        return BROKEN
+    return None if all(torch.isfinite(tensor).all() for tensor in tensors) else NOT_FINITE
 
 
 def prune(datasets: Sequence[object], family: str) -> dict[str, str]:
-    """Delete cache files in the data sets' folders that hold no more: broken or stale ones, those whose picture is
-    gone, and what killed runs left. Files of other training sizes and families stay while their picture is there.
+    """Delete cache files in the data sets' folders that serve nobody: broken ones, those whose picture or caption
+    changed or is gone, and what killed runs left. Files of other sizes, models and settings stay.
 
     Returns:
         file -> why it was deleted.
@@ -101,7 +104,8 @@ def prune(datasets: Sequence[object], family: str) -> dict[str, str]:
     members = [one for one in datasets if isinstance(one, Dataset)]
     doomed: dict[str, str] = {}
     for text in (False, True) if family == "sdxl" else (False,):
-        doomed |= verify(members, family, text=text).wrong
+        wrong = verify(members, family, text=text).wrong
+        doomed |= {file: reason for file, reason in wrong.items() if reason in DEAD}
     linked = {os.path.abspath(item.latents_npz) for one in members for item in one.items if item.latents_npz}
     folders = {os.path.dirname(os.path.abspath(item.path)) for one in members for item in one.items}
     for folder in sorted(folders):

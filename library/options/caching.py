@@ -40,7 +40,9 @@ class CachingConfig:
     text_encoder_batch_size: int | None = option(None, "captions per call of the text encoders; 16 when left out")
     verify: bool = option(False, "make nothing: read every cache file of the data sets and name those that do not hold")
     prune: bool = option(
-        False, "make nothing: delete cache files that do not hold, whose picture is gone, or that a killed run left"
+        False,
+        "make nothing: delete cache files that are broken, whose picture or caption changed or is gone, or that a "
+        "killed run left",
     )
 
 
