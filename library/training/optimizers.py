@@ -127,6 +127,7 @@ def make_optimizer(
     name = optimizer_name(config)
     record = find_optimizer(name)
     optimizer_class = _load(name, record)
+    record = record or _same_class(name)
     plan = _Plan(
         name=name,
         groups=_as_groups(groups),
@@ -249,6 +250,11 @@ def _load_path(path: str, package: str | None, min_version: str | None) -> type[
         hint = f"did you mean {module_name}.{near[0]}?" if near else "check the class name"
         raise UserError(f"{module_name} has no {class_name}", hint)
     return getattr(module, class_name)
+
+
+def _same_class(path: str) -> OptimizerRecord | None:
+    """The facts about a class that is given by its path; only names, not paths, set arguments."""
+    return next((r for r in OPTIMIZERS if r.path == path and not r.defaults and r.name != "AdaFactor"), None)
 
 
 def _apply_defaults(plan: _Plan, record: OptimizerRecord | None) -> None:

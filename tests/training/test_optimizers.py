@@ -339,6 +339,16 @@ def test_each_rate_has_a_step_size_of_its_own(record, caplog):
     assert all(torch.equal(a, b) for a, b in zip(ours, resumed, strict=True))
 
 
+def test_a_class_by_its_path_has_the_same_facts():
+    config = OptimizerConfig(optimizer_type="prodigyopt.Prodigy", learning_rate=1.0)
+    built = make_optimizer(parameters([1.0, 0.5]), config)
+    assert len(built.optimizer.pieces) == 2
+    config = OptimizerConfig(optimizer_type="torch.optim.AdamW", learning_rate=1e-3, fused_backward_pass=True)
+    assert make_optimizer(parameters("plain"), config).clips
+    config = OptimizerConfig(optimizer_type="torch.optim.SGD", learning_rate=1e-3)
+    assert make_optimizer(parameters("plain"), config).args_text == ""
+
+
 def test_adaptive_optimizers_with_one_rate_stay_one():
     optimizer = make_optimizer(
         parameters([1.0, 1.0]), OptimizerConfig(optimizer_type="Prodigy", learning_rate=1.0)
