@@ -22,6 +22,7 @@ class Asking(NetworkTrainer):
 
     def call_unet(self, *arguments, **options):
         if self.run.position.step == 0:
+            self.path.parent.mkdir(exist_ok=True)
             self.path.touch()
         return super().call_unet(*arguments, **options)
 
