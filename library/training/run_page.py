@@ -120,6 +120,9 @@ def _key_facts(history: History) -> list[tuple[str, Any]]:
     if history.validations:
         best = min(history.validations, key=lambda line: line["loss"])
         facts.append(("best validation loss", f"{number(best['loss'])} at step {best['step']:,}"))
+        if history.saves:
+            nearest = min(history.saves, key=lambda line: abs(line["step"] - best["step"]))
+            facts.append(("file saved nearest to it", f"{nearest['path']} (step {nearest['step']:,})"))
         facts.append(("last validation loss", history.validations[-1]["loss"]))
         if history.validations[-1].get("ema") is not None:
             facts.append(("last validation loss of the average", history.validations[-1]["ema"]))

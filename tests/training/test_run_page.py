@@ -69,7 +69,7 @@ def write_record(folder: Path, *, name: str = "x", end: dict | None = None, step
         {"kind": "sample", "step": 5, "path": "sample/gone.png", "index": 1, "prompt": "p", "seed": 1, "ema": False}
     ]
     lines += [{"kind": "notice", "step": 60, "text": "the validation loss rises since step 30"}]
-    lines += [{"kind": "save", "step": 60, "path": "x.safetensors"}]
+    lines += [{"kind": "save", "step": step, "path": f"x{step}.safetensors"} for step in (25, 60)]
     lines += [{**RUN, "from_step": 40}, {"kind": "end", "problem": None} if end is None else end]
     path = folder / f"{name}-metrics.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -84,7 +84,13 @@ def test_everything_is_on_the_page(tmp_path: Path) -> None:
         *("the validation loss rises since step 30", "Training loss", "timesteps 800-999", "Validation loss"),
         *("validation of the moving average", "timestep 200", "Learning rates", "text_encoder", "Pictures a second"),
         *("Norm of the gradients before clipping", "a <red> heart", "step 60, seed 1", "unet: 1,000 parameters"),
-        *("decay 0.999", "Resumed at steps 40", "--network_args", "conv_dim=4 conv_alpha=1", "x.safetensors"),
+        *(
+            "decay 0.999",
+            "Resumed at steps 40",
+            "--network_args",
+            "conv_dim=4 conv_alpha=1",
+            "x25.safetensors (step 25)",
+        ),
         *("peak memory", "8.0 GB", "0.15 at step 30", "40.0%"),
     ):
         assert part in text, part
