@@ -15,7 +15,7 @@ from library.data.buckets import crop_ltrb
 from library.data.cache_tasks import Task, encoding_batches
 from library.data.latents_file import CachedLatents, SourceState, source_state
 from library.data.sample import picture_for_cache
-from library.messages import Progress, UserError
+from library.messages import Progress, UserError, log
 
 Encode = Callable[[torch.Tensor], torch.Tensor]
 Store = Callable[[Task, CachedLatents, SourceState], None]
@@ -24,6 +24,8 @@ WRITERS = 4
 PENDING_WRITES = 32
 # Stacked batches that wait for the VAE.
 BATCHES_AHEAD = 2
+# So many pictures without finite latents, and none with, tell that there will be none.
+ALL_BAD = 8
 
 
 class WriteBehind:
@@ -112,6 +114,7 @@ class Cacher:
         self.batch_size = batch_size
         self.readers = readers
         self.leave_out = leave_out
+        self._seen = self._not_finite = 0
 
     def run(self, tasks: Sequence[Task], store: Store) -> None:
         """Encode every task's picture; `store` is called in other threads.
@@ -200,6 +203,7 @@ class Cacher:
         """Latents on the CPU; those that are not finite made again in float32."""
         latents = latents.detach().cpu()
         bad = ~torch.isfinite(latents).flatten(1).all(1)
+        self._count(len(bad), int(bad.sum()))
         if bad.any() and self.encode_exact is not None:
             latents[bad] = self.encode_exact(pictures[bad]).detach().cpu().to(latents.dtype)
             bad = ~torch.isfinite(latents).flatten(1).all(1)
@@ -211,3 +215,11 @@ class Cacher:
                 "look at that picture, use --no_half_vae, or replace the VAE with --vae",
             )
         return latents
+
+    def _count(self, pictures: int, bad: int) -> None:
+        """Go on in float32 alone where the first pictures all needed it: an SDXL VAE in float16."""
+        self._seen += pictures
+        self._not_finite += bad
+        if self._not_finite == self._seen >= ALL_BAD and self.encode_exact not in (None, self.encode):
+            log.warning("the VAE gives no finite values in this number format, it goes on in float32")
+            self.encode = self.encode_exact

@@ -490,6 +490,20 @@ def test_values_that_are_not_finite_are_made_again_exactly(shapes, make_group):
     assert not list(shapes.glob("*.npz"))
 
 
+def test_a_vae_that_is_never_finite_goes_on_in_float32(tmp_path, caplog):
+    for number in range(12):
+        Image.new("RGB", (64, 64), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    one = DatasetSettings(
+        resolution=(64, 64), subsets=(SubsetSettings(image_dir=str(tmp_path)),), enable_bucket=True, min_bucket_reso=64
+    )
+    group = build_group([one], [scan(one)], tokenize=None, seed=0)
+    half, exact = Counting(), Counting()
+    report = cache_latents(group.datasets, lambda p: half(p) * torch.nan, encode_exact=exact, batch_size=2)
+    assert report.made == 12 and exact.pictures == 12 and 8 <= half.pictures < 12
+    assert caplog.text.count("it goes on in float32") == 1
+    assert all(torch.isfinite(entry.latents).all() for entry in group.datasets[0].memory_latents)
+
+
 def test_a_broken_picture_stops_with_its_name(shapes, make_group):
     group = make_group(shapes)
     (shapes / "d.png").write_bytes(b"no picture")
