@@ -15,19 +15,7 @@ from library.options.parser import Resolved, parse, resolve
 from library.options.scripts import SCRIPTS, find_script
 from tests.options.test_every_option_counts import MODEL_TRAIN, OF_THE_PARSER, TRAIN, TUNING
 
-OF_TRAININGS = {
-    "deepspeed",
-}
-OF_MODELS = OF_TRAININGS
 REFUSED = {
-    "train_network.py": OF_TRAININGS,
-    "sdxl_train_network.py": OF_TRAININGS,
-    "train_db.py": OF_MODELS - {"in_json"},
-    "fine_tune.py": OF_MODELS,
-    "sdxl_train.py": OF_MODELS,
-    "train_textual_inversion.py": OF_TRAININGS,
-    "train_textual_inversion_XTI.py": OF_TRAININGS,
-    "sdxl_train_textual_inversion.py": OF_TRAININGS,
     "gen_img_diffusers.py": {
         "image_path",
         "mask_path",

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from library.messages import UserError, warn_once
 from library.options.model_training import block_rates
-from library.options.not_yet import refuse_not_yet
 from library.options.registries import SCHEDULES, find_optimizer, find_schedule, nearest
 from library.options.scripts import find_script
 from library.options.sdxl import require_frozen_encoders, verify_sdxl_training_args
@@ -28,7 +27,6 @@ def check(options: Resolved) -> None:
         UserError: the first combination that cannot work.
     """
     check_required(options)
-    refuse_not_yet(options)
     for concern, function in _CHECKS:
         if concern in options:
             function(options)

@@ -150,8 +150,11 @@ NEEDS: tuple[Need, ...] = (
     Need(("huggingface_repo_type", "huggingface_path_in_repo", "huggingface_token", "huggingface_repo_visibility",
           "async_upload"), _given("huggingface_repo_id", "resume_from_huggingface"), "needs --huggingface_repo_id"),
     Need(("zero_stage", "offload_optimizer_device", "offload_optimizer_nvme_path", "offload_param_device",
-          "offload_param_nvme_path", "zero3_init_flag", "zero3_save_16bit_model",
-          "fp16_master_weights_and_gradients"), _given("deepspeed"), "needs --deepspeed"),
+          "offload_param_nvme_path"), _given("deepspeed"), "needs --deepspeed"),
+    Need(("zero3_init_flag",), lambda _: False, "the processes of a machine load one after the other"),
+    Need(("zero3_save_16bit_model",), lambda _: False, "--save_precision says what is written"),
+    Need(("fp16_master_weights_and_gradients",), lambda options: bool(
+        options.distributed.deepspeed and options.precision.full_fp16), "needs --deepspeed and --full_fp16"),
 )  # fmt: skip
 
 

@@ -63,15 +63,6 @@ class Processes:
 
         return self.accelerator.autocast(AutocastKwargs(cache_enabled=False))
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Automatic mixed precision, without keeping the casted weights: each is used once in a forward pass.
-
-        Kept, they would lie beside float32 weights until the pass is over, half a model more.
-        """
-        from accelerate.utils import AutocastKwargs
-
-        return self.accelerator.autocast(AutocastKwargs(cache_enabled=False))
-
     def barrier(self) -> None:
         """Wait until every process is here."""
         self.accelerator.wait_for_everyone()
@@ -178,7 +169,7 @@ def start_processes(
     if kind == "DEEPSPEED":
         raise UserError(
             "the accelerate configuration asks for DeepSpeed",
-            "launch with --multi_gpu, and give the script --deepspeed",
+            "launch with --multi_gpu and add --deepspeed",
         )
     if kind in ("FSDP", "MEGATRON_LM", "TP"):
         raise UserError(f"the accelerate configuration asks for {kind}", "launch with --multi_gpu instead")

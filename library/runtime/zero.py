@@ -56,8 +56,13 @@ class Zero(Copies):
         self.skeletons: dict[str, nn.Module] = {}
 
     def place(self, modules: Mapping[str, nn.Module], block_classes: tuple[str, ...]) -> None:
-        if self.stage == 3 and self.processes.is_main:
-            self.skeletons = {name: without_values(module) for name, module in modules.items()}
+        if self.stage == 3 and set(modules) != {"unet"}:
+            # transformers look at the shapes of weights that are elsewhere
+            raise UserError("--zero_stage 3 trains a U-Net alone", "train no text encoder, or use --zero_stage 2")
+        for name, module in modules.items():
+            if self.stage == 3 and self.processes.is_main:
+                self.skeletons[name] = without_values(module)
+            module.to(memory_format=torch.contiguous_format)  # weights travel as flat memory
 
     def take_optimizer(self, optimizer: torch.optim.Optimizer, modules: Iterable[nn.Module]) -> torch.optim.Optimizer:
         deepspeed = import_deepspeed()
@@ -109,7 +114,11 @@ class Zero(Copies):
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """The parts of all processes; a state is resumed by as many."""
-        own = {"optimizer": self.base.state_dict(), "weights": [part.detach().cpu() for part in self._master_parts()]}
+        own = {
+            "moments": [dict(self.base.state.get(part, {})) for part in self._master_parts()],
+            "groups": [{k: v for k, v in group.items() if k != "params"} for group in self.base.param_groups],
+            "weights": [part.detach().cpu() for part in self._master_parts()],
+        }
         parts: list[Any] = [None] * self.processes.count
         torch.distributed.all_gather_object(parts, own)
         return {"zero_stage": self.stage, "parts": parts}
@@ -121,18 +130,21 @@ class Zero(Copies):
                 "resume with the same launch, or start again from the saved model",
             )
         own = state["parts"][self.processes.rank]
-        self.base.load_state_dict(own["optimizer"])
+        for part, stored in zip(self._master_parts(), own["moments"], strict=True):
+            self.base.state[part] = {k: v.to(part.device) if torch.is_tensor(v) else v for k, v in stored.items()}
+        for group, stored in zip(self.base.param_groups, own["groups"], strict=True):
+            group.update(stored)
         with torch.no_grad():
             for part, stored in zip(self._master_parts(), own["weights"], strict=True):
                 part.copy_(stored)
 
     def _master_parts(self) -> list[torch.Tensor]:
-        """This process's float32 weights that the optimizer updates; none at stage 0, where they are the model's."""
+        """This process's weights that the optimizer updates, in order."""
         inner = self.engine.optimizer
         for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
             if hasattr(inner, name):
                 return list(getattr(inner, name))
-        return []
+        return [parameter for group in self.base.param_groups for parameter in group["params"]]
 
 
 class EngineOptimizer:

@@ -28,7 +28,8 @@ class MovedCheck:
 
     def start(self, run: Run) -> None:
         """Before the first step of this program, resumed or not."""
-        self.before = _norms(run)
+        if all(group["params"] for group in run.optimizer.param_groups):  # DeepSpeed's stage 3 takes them away
+            self.before = _norms(run)
         self.first_step = run.position.step
 
     def after_flush(self, run: Run) -> None:

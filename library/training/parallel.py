@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from library.messages import UserError
+from library.messages import UserError, log
 from library.runtime.parallel import Copies, Shards
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ def make_parallel(recipe: Recipe, options: Resolved, processes: Processes) -> Co
     if processes.count == 1 and way == "FSDP":
         return Copies()
     if way not in recipe.spreads:
-        raise UserError(f"{way}: what {recipe.script} trains is too small to be spread", "launch with --multi_gpu")
+        log.warning("%s has no effect: what %s trains is too small to be spread", way, recipe.script)
+        return Copies()
     for name in APART:
         if name in options and options.value(name):
             raise UserError(f"--{name} with {way}", "leave one of them out")

@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 
 from library.generation.checks import NOT_SUPPORTED_YET
-from library.messages import UserError
 from library.options.effects import NEEDS
-from library.options.not_yet import NOT_YET
-from library.options.parser import build_parser, parse, resolve
+from library.options.parser import build_parser
 from library.options.scripts import SCRIPTS, find_script
 
 ROOT = Path(__file__).parent.parent.parent
@@ -25,18 +23,10 @@ OF_THE_PARSER = {"config_file", "output_config", "strict", "dump_schema"}
 # Does nothing by design, and `effects.py` says so when it is given.
 NOTHING_TO_DO = {
     *("highvram", "ddp_gradient_as_bucket_view", "ddp_static_graph", "disable_mmap_load_safetensors"),
+    *("zero3_init_flag", "zero3_save_16bit_model"),
 }
 # Tunes a feature that is still to come.
-OF_TRAININGS = (r"zero\w+|offload_\w+|fp16_master_weights_and_gradients",)
 TUNING = {
-    "train_network.py": OF_TRAININGS,
-    "sdxl_train_network.py": OF_TRAININGS,
-    "train_db.py": OF_TRAININGS,
-    "fine_tune.py": OF_TRAININGS,
-    "sdxl_train.py": OF_TRAININGS,
-    "train_textual_inversion.py": OF_TRAININGS,
-    "train_textual_inversion_XTI.py": OF_TRAININGS,
-    "sdxl_train_textual_inversion.py": OF_TRAININGS,
     "gen_img_diffusers.py": (r"highres_fix_\w+|control_net_\w+|vgg16_\w+|ds_\w+|gradual_latent_\w+",),
     "sdxl_gen_img.py": (r"highres_fix_\w+|control_net_\w+|ds_\w+|gradual_latent_\w+",),
     "sdxl_minimal_inference.py": (),
@@ -72,7 +62,7 @@ def is_read(dest: str) -> bool:
 def refused(script: str) -> set[str]:
     entry = find_script(script)
     own = {option.dest for option in entry.options()} if "image" in entry.concerns else set()
-    return set(NOT_YET.get(script, ())) | (set(NOT_SUPPORTED_YET) & own)
+    return set(NOT_SUPPORTED_YET) & own
 
 
 # Read where the metadata are made only, which is their purpose.
@@ -99,12 +89,4 @@ def test_every_option_is_read_or_refused(script: str) -> None:
 @pytest.mark.parametrize("script", sorted(SCRIPTS))
 def test_refused_options_exist(script: str) -> None:
     assert refused(script) <= {action.dest for action in build_parser(script)._actions}
-    assert set(NOT_YET) <= set(SCRIPTS)
     assert {name for need in NEEDS for name in need.names} >= NOTHING_TO_DO
-
-
-@pytest.mark.parametrize("name", sorted(NOT_YET["train_network.py"]))
-def test_refusal(name: str) -> None:
-    flag = next(o for o in find_script("train_network.py").options() if o.dest == name).is_flag
-    with pytest.raises(UserError, match=f"--{name}: .* is not supported yet"):
-        resolve(parse("train_network.py", [*TRAIN, f"--{name}", *([] if flag else ["0.5"])]))

@@ -91,7 +91,7 @@ def test_ways_of_wrapping_that_are_not_used_are_refused(monkeypatch: pytest.Monk
         distributed_type = accelerate.DistributedType.DEEPSPEED
 
     monkeypatch.setattr(accelerate, "Accelerator", lambda **_: Deep())
-    with pytest.raises(UserError, match="DEEPSPEED"):
+    with pytest.raises(UserError, match="add --deepspeed"):
         start_processes()
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -78,4 +80,22 @@ def test_sharded_training_equals_one_process(tiny_sd15: Path, tmp_path: Path) ->
     state = str(tmp_path / "two" / "x-step00000002-state")
     rest = options_of("train_db.py", tiny_sd15, tmp_path / "rest", *more, "--resume", state)
     run_both("train_db.py", rest, tmp_path / "ranks", FSDP)
+    assert largest_difference(load_file(tmp_path / "rest" / "x.safetensors"), written) == 0
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
+def test_deepspeed_equals_one_process(stage: str, tiny_sd15: Path, tmp_path: Path) -> None:
+    more = (*SGD, "--stop_text_encoder_training", "-1")
+    zero = ("--train_batch_size", "1", "--deepspeed", "--zero_stage", stage)
+    saves = ("--save_every_n_steps", "2", "--save_state")
+    two = options_of("train_db.py", tiny_sd15, tmp_path / "two", *more, *zero, *saves)
+    run_both("train_db.py", two, tmp_path / "ranks")
+    train("train_db.py", options_of("train_db.py", tiny_sd15, tmp_path / "one", *more, "--train_batch_size", "2"))
+    one, written = (load_file(tmp_path / name / "x.safetensors") for name in ("one", "two"))
+    assert largest_difference(one, written) < 1e-5
+
+    state = str(tmp_path / "two" / "x-step00000002-state")
+    rest = options_of("train_db.py", tiny_sd15, tmp_path / "rest", *more, *zero, "--resume", state)
+    run_both("train_db.py", rest, tmp_path / "ranks")
     assert largest_difference(load_file(tmp_path / "rest" / "x.safetensors"), written) == 0
