@@ -17,6 +17,11 @@ from library.messages import UserError, log
 Size = tuple[int, int]
 
 
+def size_text(size: Size | None) -> str:
+    """`512x768`; `?` where there is none."""
+    return f"{size[0]}x{size[1]}" if size else "?"
+
+
 @dataclass(frozen=True, slots=True)
 class Fit:
     """Where a picture of one size goes.

@@ -37,7 +37,7 @@ from library.data.latents_file import (
     source_state,
     write_latents,
 )
-from library.data.picture_check import UnreadableFiles
+from library.data.picture_check import UnreadableFiles, file_and_reason
 from library.messages import UserError, log
 from library.runtime.files import check_room
 
@@ -137,35 +137,7 @@ def cache_latents(
     same_stems = collect_tasks(members, family=family, vae=vae, dtype=dtype)
     if not to_disk:
         return _cache_in_memory(members, [task for tasks in same_stems for task in tasks], cacher, bad)
-    report = CacheReport()
-    share = Share(rank, processes, wait)
-    moved, due = [], []
-    for tasks in same_stems:
-        for task, verdict in zip(tasks, choose_files(tasks, skip_check=skip_check), strict=True):
-            report.count(verdict)
-            if verdict not in (VALID, MOVED):
-                due.append(task)
-            elif verdict == MOVED:
-                moved.append(task)
-    share.wait()  # nobody writes before all have looked, so that all share out the same list
-    if share.first:
-        report.removed = remove_leftovers(task.path for tasks in same_stems for task in tasks)
-    for task in share.own(moved):
-        write_latents(task.path, read_latents(task.path), key_text(task.wanted, source_state(task.wanted.source)))
-    due.sort(key=batch_group)
-    own = share.own(due)
-    require_room((task.path, task.file_bytes) for task in own)
-    cacher.run(own, lambda task, entry, state: write_latents(task.path, entry, key_text(task.wanted, state)))
-    _refuse_bad(bad)
-    share.wait()
-    mine = set(map(id, own))
-    _require_made((task for task in due if id(task) not in mine), skip_check)
-    for tasks in same_stems:
-        for task in tasks:
-            for dataset, index in task.users:
-                dataset.items[index].latents_npz = task.file
-    log.info("%s", report)
-    return report
+    return _cache_on_disk(same_stems, cacher, bad, Share(rank, processes, wait), skip_check=skip_check)
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +220,40 @@ def _refuse_bad(bad: Sequence[UserError]) -> None:
     if len(bad) == 1:
         raise bad[0]
     if bad:
-        raise UnreadableFiles.of([error.problem.removeprefix("cannot read picture ") for error in bad])
+        raise UnreadableFiles.of([file_and_reason(error) for error in bad])
+
+
+def _cache_on_disk(
+    same_stems: Sequence[Sequence[Task]], cacher: Cacher, bad: Sequence[UserError], share: Share, *, skip_check: bool
+) -> CacheReport:
+    report = CacheReport()
+    moved, due = [], []
+    for tasks in same_stems:
+        for task, verdict in zip(tasks, choose_files(tasks, skip_check=skip_check), strict=True):
+            report.count(verdict)
+            if verdict not in (VALID, MOVED):
+                due.append(task)
+            elif verdict == MOVED:
+                moved.append(task)
+    share.wait()  # nobody writes before all have looked, so that all share out the same list
+    if share.first:
+        report.removed = remove_leftovers(task.path for tasks in same_stems for task in tasks)
+    for task in share.own(moved):
+        write_latents(task.path, read_latents(task.path), key_text(task.wanted, source_state(task.wanted.source)))
+    due.sort(key=batch_group)
+    own = share.own(due)
+    require_room((task.path, task.file_bytes) for task in own)
+    cacher.run(own, lambda task, entry, state: write_latents(task.path, entry, key_text(task.wanted, state)))
+    _refuse_bad(bad)
+    share.wait()
+    mine = set(map(id, own))
+    _require_made((task for task in due if id(task) not in mine), skip_check)
+    for tasks in same_stems:
+        for task in tasks:
+            for dataset, index in task.users:
+                dataset.items[index].latents_npz = task.file
+    log.info("%s", report)
+    return report
 
 
 def _cache_in_memory(

@@ -13,17 +13,27 @@ import torch
 from library.data.cache import remove_leftovers
 from library.data.cache_tasks import choose_files, collect_tasks
 from library.data.dataset import Dataset
-from library.data.latents_file import ABSENT, MOVED, OTHER, VALID, read_header, read_latents
+from library.data.latents_file import (
+    ABSENT,
+    BROKEN,
+    MOVED,
+    OLDER,
+    OTHER,
+    PICTURE_CHANGED,
+    VALID,
+    read_header,
+    read_latents,
+)
 from library.data.listing import list_folder
-from library.data.text_cache import text_tasks
-from library.data.text_file import FOREIGN, SUFFIX, TextOrigin, read_text
+from library.data.text_cache import text_tasks, unknown_origin
+from library.data.text_file import CAPTION_CHANGED, FOREIGN, INCOMPLETE, SUFFIX, read_text
 from library.data.text_file import judge as judge_text
 from library.messages import UserError
 
-BROKEN, NOT_FINITE = "broken file", "values that are not finite"
+NOT_FINITE = "values that are not finite"
 HOLDS = (VALID, MOVED, FOREIGN)
 # What serves no run whatever its settings; other files that do not hold now may hold for another training.
-DEAD = frozenset({BROKEN, NOT_FINITE, "picture changed", "caption changed", "older format", "arrays missing"})
+DEAD = frozenset({BROKEN, NOT_FINITE, PICTURE_CHANGED, CAPTION_CHANGED, OLDER, INCOMPLETE})
 # What other programs and this one append to a picture's name in latent cache files.
 _SIZED = re.compile(r"(_\d{4,}x\d{4,}_(sd|sdxl))?\.npz$")
 # And to the captions' caches of pictures with several captions.
@@ -70,7 +80,7 @@ def _judged(members: Sequence[Dataset], family: str, text: bool) -> Iterator[tup
     """(cache file, what it is) of every picture."""
     if text:
         for dataset in members:
-            origin = TextOrigin((dataset.settings.max_token_length or 75) + 2)
+            origin = unknown_origin(dataset)
             for task in (task for tasks in text_tasks([dataset]) for task in tasks):
                 yield task.path, judge_text(task.path, task.caption, origin)
         return

@@ -11,8 +11,8 @@ from typing import Any
 from library.data.cache_tasks import choose_files, collect_tasks
 from library.data.dataset import Dataset
 from library.data.latents_file import ABSENT, MOVED, OTHER, VALID
-from library.data.text_cache import text_tasks
-from library.data.text_file import FOREIGN, TextOrigin
+from library.data.text_cache import text_tasks, unknown_origin
+from library.data.text_file import FOREIGN
 from library.data.text_file import judge as judge_text
 
 
@@ -94,7 +94,7 @@ def _count_linked(members: Sequence[Dataset], latents: dict[int, Holdings]) -> N
 
 
 def _count_text(dataset: Dataset, holdings: Holdings) -> None:
-    origin = TextOrigin((dataset.settings.max_token_length or 75) + 2)
+    origin = unknown_origin(dataset)
     for tasks in text_tasks([dataset]):
         for task in tasks:
             holdings.count(task.path, judge_text(task.path, task.caption, origin), origin.file_bytes)

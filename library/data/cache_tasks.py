@@ -10,6 +10,7 @@ from typing import Any
 from library.data.buckets import Size
 from library.data.dataset import Dataset
 from library.data.latents_file import FILE_BYTES, FLOAT_BYTES, MOVED, OTHER, VALID, Wanted, judge
+from library.data.records import CHANGING_PICTURES
 from library.data.sample import interpolation
 from library.messages import UserError
 
@@ -60,11 +61,10 @@ def require_fixed_pictures(datasets: Sequence[Any]) -> None:
                 raise UserError(f"latents cannot be cached for {type(dataset).__name__}", "leave --cache_latents out")
             continue
         for subset in dataset.subsets:
-            option = "color_aug" if subset.color_aug else "random_crop" if subset.random_crop else None
+            option = subset.changing(CHANGING_PICTURES)
             if option:
-                where = subset.image_dir or subset.metadata_file or "a subset"
                 raise UserError(
-                    f"latents cannot be cached with {option}, which {where} uses",
+                    f"latents cannot be cached with {option}, which {subset.source} uses",
                     f"turn off {option} or --cache_latents",
                 )
 

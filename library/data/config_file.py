@@ -13,6 +13,7 @@ import toml
 
 from library.data.config_schema import Problem
 from library.messages import UserError
+from library.runtime.files import no_file
 
 # Options that only a training configuration sets.
 TRAINING_KEYS = (
@@ -44,8 +45,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(f"--dataset_config {path} {what}", "give the path of a .toml or .json file")
+        raise UserError(f"--dataset_config {path} {no_file(path)}", "give the path of a .toml or .json file")
     suffix = path.suffix.lower()
     if suffix not in (".toml", ".json"):
         raise UserError(f"--dataset_config {path} has the ending {suffix or '(none)'}", "it must be .toml or .json")

@@ -14,7 +14,7 @@ from library.data.buckets import BucketRule, Fit, Size, bucket_rule, covering, s
 from library.data.latents_file import CachedLatents, read_latents
 from library.data.pairs import uses_masks
 from library.data.plan import EpochPlan, PlannedBatch, make_plan
-from library.data.records import DatasetSettings, Item, ScanResult, SubsetSettings
+from library.data.records import CHANGING_CAPTIONS, CHANGING_PICTURES, DatasetSettings, Item, ScanResult, SubsetSettings
 from library.data.sample import Sample, fits_without_buckets, sample_of_cache, sample_of_picture
 from library.data.text_file import CachedText, read_text
 from library.messages import UserError, log, some
@@ -318,17 +318,11 @@ class Dataset(torch.utils.data.Dataset):
 
     def is_latent_cacheable(self) -> bool:
         """No subset changes pictures in a way that fixed latents cannot follow."""
-        return not any(subset.color_aug or subset.random_crop for subset in self.subsets)
+        return not any(subset.changing(CHANGING_PICTURES) for subset in self.subsets)
 
     def is_text_encoder_output_cacheable(self) -> bool:
         """No subset changes captions in more than a few ways."""
-        changing = any(
-            subset.caption_dropout_rate > 0
-            or subset.shuffle_caption
-            or subset.token_warmup_step > 0
-            or subset.caption_tag_dropout_rate > 0
-            for subset in self.subsets
-        )
+        changing = any(subset.changing(CHANGING_CAPTIONS) for subset in self.subsets)
         drawn = [item for item in self.items if self.subsets[item.subset].enable_wildcard]
         return not changing and all(self.caption_variants(item) for item in drawn)
 

@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
 import torch
 
-from library.data.sheets import Sheets
+from library.data.sheets import Sheets, pixels_of
 from library.messages import log
 
 ESCAPE = 27
-
-
 FOLDER = "debug_dataset"
 
 
@@ -88,9 +85,8 @@ def _has_screen() -> bool:
 
 def _show(batch: dict[str, Any]) -> bool:
     for picture in batch["images"]:
-        pixels = ((picture.permute(1, 2, 0).numpy() * 0.5 + 0.5) * 255).round().astype(np.uint8)
         try:
-            cv2.imshow("picture", pixels[..., ::-1])
+            cv2.imshow("picture", pixels_of(picture)[..., ::-1])
             key = cv2.waitKey()
             cv2.destroyAllWindows()
         except cv2.error:  # the headless build has no windows

@@ -6,7 +6,6 @@ both directions); pairs with nearly the same hash are compared by the colours of
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from library.data.images import has_alpha_channel
+from library.data.latents_file import content_hash
 from library.data.listing import picture_suffixes
 
 SIDE = 9
@@ -31,7 +32,6 @@ LARGEST_DIFFERENCE = 6.0
 LARGEST_STRETCH = 1.03
 # In a crowd of equal parts only this many neighbours are compared, so that flat pictures do not cost a square.
 NEIGHBOURS = 64
-READ_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def look_at(path: str) -> Look:
     from PIL import Image
 
     try:
-        content = _content_hash(path)
+        content = content_hash(path)
     except OSError as error:
         return Look(error=error.strerror or str(error))
     try:
@@ -73,18 +73,8 @@ def look_at(path: str) -> Look:
         return Look(content, error=str(error) or type(error).__name__)
 
 
-def _content_hash(path: str) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        while block := file.read(READ_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _is_transparent(image: Any) -> bool:
-    if "A" not in image.getbands() and "transparency" not in image.info:
-        return False
-    return image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+    return has_alpha_channel(image) and image.convert("RGBA").getchannel("A").getextrema()[0] < 255
 
 
 def _flat(image: Any, transparent: bool) -> Any:
@@ -114,10 +104,10 @@ def look_at_all(paths: Sequence[str], done: Callable[[], None] = lambda: None) -
 
 
 def exact_groups(looks: Sequence[Look]) -> list[list[int]]:
-    """Indices of files with the same bytes, two or more each."""
+    """Indices of readable files with the same bytes, two or more each."""
     groups: dict[str, list[int]] = {}
     for index, look in enumerate(looks):
-        if look.content:
+        if look.content and not look.error:
             groups.setdefault(look.content, []).append(index)
     return [group for group in groups.values() if len(group) > 1]
 

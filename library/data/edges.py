@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from library.data.images import read_image
-from library.data.orientation import orientation_of
+from library.data.images import encoded, read_upright
 from library.messages import UserError, log
 from library.options.data_tools import EdgesConfig
-from library.runtime.files import atomic_write
+from library.runtime.files import atomic_write, no_file
 
 
 def edges(image: np.ndarray, low: int, high: int) -> np.ndarray:
@@ -37,20 +37,9 @@ def draw_edges(config: EdgesConfig) -> None:
     suffix = Path(config.output).suffix
     if not suffix or not cv2.haveImageWriter(f"x{suffix}"):
         raise UserError(f"--output {config.output}: no picture format", "let the name end in .png, .jpg, .webp or .bmp")
-    try:
-        orientation = orientation_of(config.input)
-    except OSError as error:
-        raise UserError(f"cannot read --input {config.input} ({error.strerror})", "check the path") from None
-    image = edges(read_image(config.input, orientation=orientation), config.thres1, config.thres2)
-    data = encoded(image, suffix)
+    if not os.path.isfile(config.input):
+        raise UserError(f"--input {config.input} {no_file(config.input)}", "check the path")
+    data = encoded(edges(read_upright(config.input), config.thres1, config.thres2), suffix)
     with atomic_write(config.output) as file:
         file.write(data)
     log.info("written: %s", config.output)
-
-
-def encoded(image: np.ndarray, suffix: str) -> bytes:
-    """A picture file's bytes, in OpenCV's order of channels (BGR) or grey; encoded in memory, for any file name."""
-    done, data = cv2.imencode(suffix, image)
-    if not done:
-        raise UserError(f"OpenCV cannot write {suffix} files", "choose .png")
-    return data.tobytes()

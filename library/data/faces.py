@@ -10,10 +10,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from library.data.edges import encoded
 from library.data.face_detectors import Detector, FoundFace, make_detector
-from library.data.images import read_image
-from library.data.orientation import orientation_of
+from library.data.images import encoded, read_upright
+from library.data.picture_check import file_and_reason
 from library.data.picture_search import find_pictures
 from library.messages import UserError, log, progress, some
 from library.options.data_tools import FacesConfig
@@ -74,9 +73,9 @@ def cut_faces(config: FacesConfig) -> int:
     written = 0
     for path in progress(pictures, "pictures"):
         try:
-            image = np.ascontiguousarray(read_image(path, orientation=orientation_of(path))[..., ::-1])
-        except (UserError, OSError) as error:
-            unreadable.append(str(error) if isinstance(error, OSError) else error.problem)
+            image = np.ascontiguousarray(read_upright(path)[..., ::-1])
+        except UserError as error:
+            unreadable.append(file_and_reason(error))
             continue
         written += _write_faces(image, Path(path), detector, cut, config)
     if unreadable:

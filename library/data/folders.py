@@ -7,6 +7,7 @@ from typing import Any
 
 from library.data.listing import Listing, list_folder, picture_count
 from library.messages import UserError, log, some
+from library.runtime.files import no_folder
 
 
 def parse_name(name: str) -> tuple[int, str] | None:
@@ -53,8 +54,7 @@ def required_tables(folder: str, option: str, *, is_reg: bool = False) -> list[d
         UserError: nothing to train on there; says which path or name would work.
     """
     if not os.path.isdir(folder):
-        what = "is a file, not a folder" if os.path.exists(folder) else "does not exist"
-        raise UserError(f"{option} {folder} {what}", "give the folder that holds the N_name folders")
+        raise UserError(f"{option} {folder} {no_folder(folder)}", "give the folder that holds the N_name folders")
     listing = list_folder(folder)
     tables = subset_tables(folder, is_reg=is_reg)
     if tables:

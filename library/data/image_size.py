@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from struct import Struct
 
+from library.data.buckets import Size
 from library.data.orientation import AS_STORED, EXIF, Bytes, orientation_in, orientation_in_tiff, read_at
 
 # Holds the segments of a plain JPEG file up to its pixels, and the chunks of most others that matter here.
@@ -22,8 +23,6 @@ _FRAME_MARKERS = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
 _BARE_MARKERS = frozenset({0x01, *range(0xD0, 0xD9)})
 _BIG_PAIR = Struct(">II").unpack_from
 _HEIGHT_WIDTH = Struct(">HH").unpack_from
-
-Size = tuple[int, int]
 
 
 def image_size(path: str | os.PathLike[str]) -> Size:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from library.data.buckets import Size
 from library.data.listing import picture_suffixes
-from library.data.orientation import AS_STORED, turn
+from library.data.orientation import AS_STORED, orientation_of, turn
 from library.messages import UserError
 
 OPENCV_METHODS = {
@@ -50,7 +50,7 @@ def read_image(path: str | os.PathLike[str], *, alpha: bool = False, orientation
             pixels = _rgb(file)
             if not alpha:
                 return turn(pixels, orientation)
-            if "A" in file.getbands() or "transparency" in file.info:
+            if has_alpha_channel(file):
                 mask = np.asarray(file.convert("RGBA").getchannel("A"))
             else:
                 mask = np.full(pixels.shape[:2], 255, dtype=np.uint8)
@@ -60,6 +60,28 @@ def read_image(path: str | os.PathLike[str], *, alpha: bool = False, orientation
     except Exception as error:  # Pillow's plug-ins raise many kinds, SyntaxError among them
         reason = str(error) or type(error).__name__
         raise UserError(f"cannot read picture {path} ({reason})", "replace or remove the file") from error
+
+
+def read_upright(path: str | os.PathLike[str]) -> np.ndarray:
+    """Pixels of a picture file, turned as its EXIF data say; see `read_image`."""
+    try:
+        orientation = orientation_of(path)
+    except OSError:  # `read_image` says what is wrong with the file
+        orientation = AS_STORED
+    return read_image(path, orientation=orientation)
+
+
+def encoded(image: np.ndarray, suffix: str) -> bytes:
+    """A picture file's bytes, in OpenCV's order of channels (BGR) or grey; encoded in memory, for any file name."""
+    done, data = cv2.imencode(suffix, image)
+    if not done:
+        raise UserError(f"OpenCV cannot write {suffix} files", "choose .png")
+    return data.tobytes()
+
+
+def has_alpha_channel(file: Image.Image) -> bool:
+    """Whether an open picture file has transparency, by its header."""
+    return "A" in file.getbands() or "transparency" in file.info
 
 
 def _rgb(file: Image.Image) -> np.ndarray:

@@ -67,7 +67,7 @@ def picture_facts(folder: str | os.PathLike[str], names: Sequence[str]) -> list[
     Returns:
         one for each name; an `OSError` where the file cannot be opened or is no picture.
     """
-    file = _index_file(folder) if len(names) >= FEWEST else None
+    file = memory_file(folder, "picture_sizes", ".index") if len(names) >= FEWEST else None
     known = _read(file) if file is not None else _Index()
     found: list[Facts | OSError | None] = list(_unchanged(folder, names, known))
     unknown = [position for position, facts in enumerate(found) if facts is None]
@@ -180,14 +180,14 @@ def _merged(
     return _Index([name for name, _, _ in entries], sizes, modified, changed, placed, list(places))
 
 
-def _index_file(folder: str | os.PathLike[str]) -> Path | None:
-    """The index file of a folder; None where this user has no cache folder."""
+def memory_file(folder: str | os.PathLike[str], kind: str, suffix: str) -> Path | None:
+    """The file in the user's cache folder that remembers one kind of facts about a folder; None without the former."""
     root = user_cache_folder()
     if root is None:
         return None
     path = os.path.normcase(os.path.realpath(folder))
     digest = hashlib.blake2b(path.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
-    return root / "picture_sizes" / f"{digest}.index"
+    return root / kind / f"{digest}{suffix}"
 
 
 def _read(file: Path) -> _Index:

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from library.data.buckets import Size
 from library.data.cache_state import CacheState, Holdings, cache_state
 from library.data.dataset import Dataset
 from library.data.duplicates import Look, exact_groups, look_at_all, similar_groups
@@ -23,7 +22,7 @@ from library.data.inspection_captions import CountTokens, caption_facts
 from library.data.inspection_problems import MUCH_LOST, problems_of
 from library.data.manifest import manifest_hash
 from library.data.pairs import uses_masks
-from library.data.records import Item, ScanResult
+from library.data.records import Item, ScanResult, changed_settings
 from library.data.sample import fits_without_buckets
 from library.messages import Progress
 
@@ -100,7 +99,9 @@ def _dataset(dataset: Dataset, scan: ScanResult, run: Run) -> dict[str, Any]:
         "resolution": settings.resolution,
         "batch_size": settings.batch_size,
         "enable_bucket": settings.enable_bucket,
-        "settings": _changed(settings, leave_out=("kind", "resolution", "batch_size", "enable_bucket", "subsets")),
+        "settings": changed_settings(
+            settings, leave_out=("kind", "resolution", "batch_size", "enable_bucket", "subsets")
+        ),
         "subsets": _subsets(dataset),
         "training_uses": dataset.num_train_images,
         "regularisation": _regularisation(dataset),
@@ -114,15 +115,6 @@ def _dataset(dataset: Dataset, scan: ScanResult, run: Run) -> dict[str, Any]:
     }
     facts["batches"] = sum(bucket["batches"] for bucket in facts["buckets"])
     return facts
-
-
-def _changed(settings: Any, leave_out: Sequence[str] = ()) -> dict[str, Any]:
-    """The settings that differ from their defaults."""
-    return {
-        field.name: value
-        for field in dataclasses.fields(settings)
-        if field.name not in leave_out and (value := getattr(settings, field.name)) != field.default
-    }
 
 
 def _subsets(dataset: Dataset) -> list[dict[str, Any]]:
@@ -146,7 +138,7 @@ def _subsets(dataset: Dataset) -> list[dict[str, Any]]:
             "repeats": subset.num_repeats,
             "repeats_used": repeats.get(index, [0, 0]),
             "uses": uses[index],
-            "settings": _changed(subset, leave_out=told),
+            "settings": changed_settings(subset, leave_out=told),
         }
         for index, subset in enumerate(dataset.subsets)
     ]
@@ -321,8 +313,3 @@ def _holdings(holdings: Holdings | None) -> dict[str, Any] | None:
         "bytes_on_disk": holdings.bytes_on_disk,
         "bytes_needed": holdings.bytes_needed,
     }
-
-
-def size_text(size: Size | None) -> str:
-    """`512x768`; `?` where there is none."""
-    return f"{size[0]}x{size[1]}" if size else "?"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from library.data import inspection_text as texts
-from library.data.inspection import size_text
+from library.data.buckets import size_text
 from library.data.inspection_captions import CHUNK_ENDS
 from library.data.plan import PlannedBatch
 from library.data.sheets import Cell, cells_of, side_by_side
@@ -211,7 +211,7 @@ def _by_chance(dataset: Any) -> Iterator[str]:
     for subset in dataset.subsets:
         kinds = [text for name, text in BY_CHANCE.items() if getattr(subset, name)]
         if kinds:
-            yield f"{subset.metadata_file or subset.image_dir}: {', '.join(kinds)}."
+            yield f"{subset.source}: {', '.join(kinds)}."
 
 
 def _webp(cell: Cell) -> bytes:
@@ -320,12 +320,12 @@ def _files(page: Page, facts: dict[str, Any]) -> None:
 
 
 def _thumbnails(paths: Sequence[str]) -> Iterator[tuple[bytes, str]]:
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     for path in paths:
         with Image.open(path) as image:
             image.draft("RGB", (THUMBNAIL, THUMBNAIL))
-            small = image.convert("RGB")
+            small = ImageOps.exif_transpose(image).convert("RGB")
             small.thumbnail((THUMBNAIL, THUMBNAIL))
         yield _encoded(small), str(Path(path))
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from library.data.inspection import size_text
+from library.data.buckets import size_text
 from library.data.inspection_captions import CHUNK_ENDS
+from library.messages import some
 from library.runtime.files import format_bytes
 
 SHOWN = 5
@@ -157,9 +158,3 @@ def cache_text(holdings: dict[str, Any] | None) -> str:
         f"{holdings['valid']:,} hold, {stale:,} stale{why}, {holdings['missing']:,} missing; "
         f"{format_bytes(holdings['bytes_on_disk'])} on disk, {format_bytes(holdings['bytes_needed'])} more needed"
     )
-
-
-def some(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more

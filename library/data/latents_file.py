@@ -264,6 +264,9 @@ VALID = "valid"
 MOVED = "valid, source moved"
 ABSENT = "absent"
 OTHER = "of another size or family"
+BROKEN = "broken file"
+OLDER = "older format"
+PICTURE_CHANGED = "picture changed"
 
 
 def judge(path: str | os.PathLike[str], wanted: Wanted, *, skip_check: bool = False) -> str:
@@ -284,9 +287,9 @@ def judge(path: str | os.PathLike[str], wanted: Wanted, *, skip_check: bool = Fa
         return VALID
     header = read_header(path)
     if header is None:
-        return "broken file"
+        return BROKEN
     if "latents" not in header.shapes:
-        return "older format"
+        return OLDER
     if header.key is None:
         return _judge_foreign(path, header, wanted)
     key = header.key
@@ -315,7 +318,7 @@ def _judge_foreign(path: str | os.PathLike[str], header: Header, wanted: Wanted)
         return reason
     if wanted.orientation != 1:  # other programs cache pictures as stored
         return "turned otherwise"
-    return VALID if original_accepts(wanted.bucket, path, wanted.flip) else "older format"
+    return VALID if original_accepts(wanted.bucket, path, wanted.flip) else OLDER
 
 
 def _missing(header: Header, wanted: Wanted) -> str | None:
@@ -335,8 +338,8 @@ def judge_source(path: str, known: dict[str, Any]) -> str:
     if (status.st_size, status.st_mtime_ns) == (known.get("size"), known.get("mtime_ns")):
         return VALID
     if status.st_size != known.get("size"):
-        return "picture changed"
-    return MOVED if content_hash(path) == known.get("hash") else "picture changed"
+        return PICTURE_CHANGED
+    return MOVED if content_hash(path) == known.get("hash") else PICTURE_CHANGED
 
 
 def fingerprint(module: Any) -> str:

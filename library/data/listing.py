@@ -90,6 +90,11 @@ def is_picture(name: str) -> bool:
     return name.lower().endswith(picture_suffixes()) and not name.startswith(".")
 
 
+def with_dot(ending: str) -> str:
+    """The ending of file names, such as `.txt`, also where it was given as `txt`."""
+    return ending if ending.startswith(".") else f".{ending}"
+
+
 def picture_count(folder: str | os.PathLike[str]) -> int:
     """Pictures directly in a folder; 0 if it cannot be read."""
     try:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.data.dataset import Dataset
+from library.data.images import has_alpha_channel
 from library.data.listing import map_files
 from library.data.pairs import uses_masks
 from library.data.records import DatasetSettings, Item, ScanResult
@@ -34,7 +35,7 @@ def has_alpha(path: str) -> bool:
 
     try:
         with Image.open(path) as picture:
-            return "A" in picture.getbands() or "transparency" in picture.info
+            return has_alpha_channel(picture)
     except (OSError, SyntaxError, ValueError):
         return False
 

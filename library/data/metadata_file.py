@@ -13,6 +13,7 @@ from library.data.metadata_json import read_metadata
 from library.data.plain_text import read_text
 from library.data.records import Size, SubsetSettings
 from library.messages import UserError
+from library.runtime.files import no_file
 
 # Names of the picture in a line of a JSON Lines file; the first is the one that other programs write.
 PATH_KEYS = ("image_path", "file_name")
@@ -55,8 +56,7 @@ def read_entries(path: str | os.PathLike[str]) -> list[Entry]:
 
 def _lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(f"metadata file {path} {what}", "check the path given as --in_json or metadata_file")
+        raise UserError(f"metadata file {path} {no_file(path)}", "check the path given as --in_json or metadata_file")
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue

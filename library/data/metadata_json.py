@@ -9,7 +9,7 @@ from typing import Any
 
 from library.data.plain_text import read_text
 from library.messages import UserError
-from library.runtime.files import atomic_write
+from library.runtime.files import atomic_write, no_file
 
 Metadata = dict[str, dict[str, Any]]
 
@@ -22,8 +22,7 @@ def read_metadata(path: str | os.PathLike[str]) -> Metadata:
     """
     path = Path(path)
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(f"metadata file {path} {what}", "give the path of a metadata file")
+        raise UserError(f"metadata file {path} {no_file(path)}", "give the path of a metadata file")
     try:
         content = json.loads(read_text(path))
     except ValueError as error:

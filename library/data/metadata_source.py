@@ -17,6 +17,7 @@ from library.data.metadata_file import Entry, caption_of, read_entries
 from library.data.picture_folder import reason, seen_size
 from library.data.records import DatasetSettings, Found, Item, Size, SubsetSettings
 from library.messages import UserError, some
+from library.runtime.files import no_folder
 
 UNKNOWN: Size = (0, 0)
 
@@ -111,8 +112,9 @@ class _Places:
 
     def __init__(self, folder: str | None) -> None:
         if folder is not None and not os.path.isdir(folder):
-            what = "is a file, not a folder" if os.path.exists(folder) else "does not exist"
-            raise UserError(f"image_dir {folder} {what}", "give the folder of the pictures (--train_data_dir)")
+            raise UserError(
+                f"image_dir {folder} {no_folder(folder)}", "give the folder of the pictures (--train_data_dir)"
+            )
         self.folder = folder
         self._known: dict[str, tuple[dict[str, str], set[str]]] = {}
 

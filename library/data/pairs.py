@@ -11,6 +11,7 @@ from library.data.listing import list_folder, picture_count
 from library.data.picture_folder import reason, seen_size
 from library.data.records import DatasetSettings, Item, Size, SubsetSettings
 from library.messages import UserError, some
+from library.runtime.files import no_folder
 
 # A mask may have another size than its picture, but not another shape.
 LARGEST_SHAPE_DIFFERENCE = 0.03
@@ -63,8 +64,9 @@ class _Folder:
 
     def __init__(self, path: str) -> None:
         if not os.path.isdir(path):
-            what = "is a file, not a folder" if os.path.exists(path) else "does not exist"
-            raise UserError(f"conditioning_data_dir {path} {what}", "give the folder of the conditioning pictures")
+            raise UserError(
+                f"conditioning_data_dir {path} {no_folder(path)}", "give the folder of the conditioning pictures"
+            )
         self.path = path
         listing = list_folder(path)
         if not listing.pictures:

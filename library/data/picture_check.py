@@ -6,7 +6,6 @@ What was read whole is remembered in the user's cache folder by size and times o
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import time
@@ -14,11 +13,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from library.data.index import FRESH_SECONDS, memory_file
 from library.messages import Progress, UserError
-from library.runtime.files import atomic_write, user_cache_folder
+from library.runtime.files import atomic_write
 
-# A file that changed so short a time ago may change again without its times showing it.
-FRESH_SECONDS = 2.0
 _THREADS = 8
 # More names than that say nothing new.
 MOST_NAMED = 200
@@ -42,6 +40,11 @@ class UnreadableFiles(UserError):
             error = cls(f"cannot read {len(files)} files", remedy, [*files[:MOST_NAMED], *rest])
         error.files = tuple(files)
         return error
+
+
+def file_and_reason(error: UserError) -> str:
+    """`FILE (reason)` of the error that `library.data.images.read_image` raises."""
+    return error.problem.removeprefix("cannot read picture ").removeprefix("picture not found: ")
 
 
 def unreadable(paths: Sequence[str]) -> dict[str, str]:
@@ -98,18 +101,13 @@ def _problem(path: str) -> str | None:
     try:
         read_image(path)
     except UserError as error:
-        return error.problem.removeprefix("cannot read picture ").removeprefix("picture not found: ")
+        return file_and_reason(error)
     return None
 
 
 def _file(folder: str) -> Path | None:
     """Where it is remembered which pictures of a folder are whole; None where this user has no cache folder."""
-    root = user_cache_folder()
-    if root is None:
-        return None
-    path = os.path.normcase(os.path.realpath(folder))
-    digest = hashlib.blake2b(path.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
-    return root / "picture_checks" / f"{digest}.json"
+    return memory_file(folder, "picture_checks", ".json")
 
 
 def _remembered(folder: str) -> dict[str, State]:

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from library.data.image_size import read_bytes
 from library.data.index import Facts, picture_facts
-from library.data.listing import UNREAD_SUFFIXES, Listing, is_picture, list_folder, map_files, picture_count
+from library.data.listing import UNREAD_SUFFIXES, Listing, is_picture, list_folder, map_files, picture_count, with_dot
 from library.data.orientation import AS_STORED, orientation_of, turned_size
 from library.data.plain_text import decode_text
 from library.data.records import Found, Item, Size, SubsetSettings
@@ -145,8 +145,7 @@ def caption_finder(subset: SubsetSettings, listing: Listing) -> Callable[[str], 
 
 def caption_suffix(subset: SubsetSettings) -> str:
     """Ending of the subset's caption files, with its dot."""
-    suffix = subset.caption_extension
-    return suffix if suffix.startswith(".") else f".{suffix}"
+    return with_dot(subset.caption_extension)
 
 
 def read_caption(path: str | os.PathLike[str], *, every_line: bool = False) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from library.data.listing import picture_suffixes
 from library.messages import UserError
+from library.runtime.files import no_folder
 
 
 def find_pictures(folder: str | os.PathLike[str], *, recursive: bool = False) -> list[str]:
@@ -24,8 +25,7 @@ def find_pictures(folder: str | os.PathLike[str], *, recursive: bool = False) ->
     """
     root = Path(folder)
     if not root.is_dir():
-        what = "is a file, not a folder" if root.exists() else "does not exist"
-        raise UserError(f"{folder} {what}", "give the folder that holds the pictures")
+        raise UserError(f"{folder} {no_folder(root)}", "give the folder that holds the pictures")
     suffixes = picture_suffixes()
     found: list[Path] = []
     for place, folders, names in os.walk(root):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-Size = tuple[int, int]  # (width, height)
+from library.data.buckets import Size
+
+# Settings of a subset that change its pictures, or its captions, from one use to the next so that no cache can follow.
+CHANGING_PICTURES = ("color_aug", "random_crop")
+CHANGING_CAPTIONS = ("caption_dropout_rate", "shuffle_caption", "token_warmup_step", "caption_tag_dropout_rate")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +61,15 @@ class SubsetSettings:
     cache_info: bool = False
     custom_attributes: dict[str, Any] | None = None
 
+    @property
+    def source(self) -> str:
+        """What names the subset in messages: its metadata file, else its folder."""
+        return self.metadata_file or self.image_dir or "a subset"
+
+    def changing(self, names: Sequence[str]) -> str | None:
+        """The first of these settings that is on."""
+        return next((name for name in names if getattr(self, name)), None)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DatasetSettings:
@@ -89,6 +103,15 @@ class DatasetSettings:
     debug_dataset: bool = False
     is_validation: bool = False
     subsets: tuple[SubsetSettings, ...] = ()
+
+
+def changed_settings(settings: SubsetSettings | DatasetSettings, leave_out: Collection[str] = ()) -> dict[str, Any]:
+    """The settings that differ from their defaults."""
+    return {
+        field.name: value
+        for field in fields(settings)
+        if field.name not in leave_out and (value := getattr(settings, field.name)) != field.default
+    }
 
 
 @dataclass(slots=True)

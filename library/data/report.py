@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-from library.data.buckets import Buckets
-from library.data.records import DatasetSettings, Item, Size, SubsetSettings
+from library.data.buckets import Buckets, size_text
+from library.data.records import DatasetSettings, Item, changed_settings
 
 # Told in words of their own, or of no interest when they are set.
 _TOLD = {"kind", "image_dir", "metadata_file", "num_repeats", "is_reg"}
@@ -54,7 +53,7 @@ def describe(datasets: Sequence[Any]) -> list[str]:
 def _settings_text(settings: DatasetSettings) -> str:
     parts = [
         settings.kind,
-        f"resolution {_by(settings.resolution)}" if settings.resolution else "no resolution",
+        f"resolution {size_text(settings.resolution)}" if settings.resolution else "no resolution",
         f"batch size {settings.batch_size}",
         _bucket_text(settings),
     ]
@@ -79,21 +78,13 @@ def _bucket_text(settings: DatasetSettings) -> str:
 def _subset_lines(dataset: Described) -> Iterator[str]:
     for subset, count in zip(dataset.settings.subsets, dataset.image_counts, strict=True):
         kind = ", regularisation" if subset.is_reg else ""
-        settings = "".join(f", {text}" for text in _changed(subset))
+        changed = changed_settings(subset, leave_out=_TOLD).items()
+        settings = "".join(f", {name}" if value is True else f", {name} {_shown(value)}" for name, value in changed)
         used = f"{count} pictures x {subset.num_repeats} repeats" if count else "left out"
-        source = str(subset.metadata_file or subset.image_dir)
+        source = subset.source
         if subset.metadata_file and subset.image_dir:
             source += f" with pictures in {subset.image_dir}"
         yield f"{source}: {used}{kind}{settings}"
-
-
-def _changed(subset: SubsetSettings) -> Iterator[str]:
-    """The settings that differ from their defaults."""
-    for field in dataclasses.fields(subset):
-        value = getattr(subset, field.name)
-        if field.name in _TOLD or value == field.default:
-            continue
-        yield field.name if value is True else f"{field.name} {_shown(value)}"
 
 
 def _shown(value: Any) -> str:
@@ -119,9 +110,7 @@ def _bucket_lines(dataset: Described) -> Iterator[str]:
     pictures = Counter(item.bucket for item in dataset.items)
     for index, (size, members) in enumerate(zip(buckets.sizes, buckets.members, strict=True)):
         batches = -(-len(members) // settings.batch_size)
-        yield (f"bucket {index}: {_by(size)}, {len(members)} uses of {pictures[size]} pictures, {batches} batches")
+        yield (
+            f"bucket {index}: {size_text(size)}, {len(members)} uses of {pictures[size]} pictures, {batches} batches"
+        )
     yield f"mean difference of aspect ratio between picture and bucket: {buckets.mean_ratio_error:.4f}"
-
-
-def _by(size: Size) -> str:
-    return f"{size[0]}x{size[1]}"

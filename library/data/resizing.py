@@ -15,12 +15,12 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from library.data.images import read_image
+from library.data.images import read_upright
 from library.data.listing import picture_suffixes
-from library.data.orientation import orientation_of
+from library.data.picture_check import file_and_reason
 from library.messages import UserError, log, progress, some
 from library.options.data_tools import PictureResizeConfig
-from library.runtime.files import atomic_path, make_folder
+from library.runtime.files import atomic_path, make_folder, no_folder
 
 METHODS = {"area": cv2.INTER_AREA, "cubic": cv2.INTER_CUBIC, "lanczos4": cv2.INTER_LANCZOS4}
 JPEG_QUALITY = 100
@@ -123,8 +123,7 @@ def fitted(image: np.ndarray, area: int, divisible_by: int, method: int) -> np.n
 def _contents(source: Path) -> tuple[list[str], list[str]]:
     """Names of pictures and of other files; folders are left out."""
     if not source.is_dir():
-        what = "is a file, not a folder" if source.exists() else "does not exist"
-        raise UserError(f"{source} {what}", "give the folder that holds the pictures")
+        raise UserError(f"{source} {no_folder(source)}", "give the folder that holds the pictures")
     names = sorted(name for name in os.listdir(source) if not (source / name).is_dir())
     suffixes = picture_suffixes()
     pictures = [name for name in names if name.lower().endswith(suffixes)]
@@ -144,12 +143,9 @@ def _resize_one(
     path: Path, target: Path, areas: Sequence[tuple[str, int]], config: PictureResizeConfig, outcome: Outcome
 ) -> None:
     try:
-        image = read_image(path, orientation=orientation_of(path))
+        image = read_upright(path)
     except UserError as error:
-        outcome.unreadable.append(error.problem.removeprefix("cannot read picture "))
-        return
-    except OSError as error:
-        outcome.unreadable.append(f"{path} ({error.strerror})")
+        outcome.unreadable.append(file_and_reason(error))
         return
     outcome.read += 1
     for label, area in areas:

@@ -212,7 +212,7 @@ def require_pictures(datasets: Sequence[DatasetSettings], scans: Sequence[ScanRe
         raise UserError(
             "all pictures are held out for validation", "lower validation_split, or add a data set to train on"
         )
-    folders = [subset.metadata_file or subset.image_dir or "?" for one in datasets for subset in one.subsets]
+    folders = [subset.source for one in datasets for subset in one.subsets]
     if not folders:
         raise UserError("no pictures found", "add subsets with an image_dir")
     why = f" ({'; '.join(notes[:5])})" if notes else ""
@@ -245,8 +245,7 @@ def _check(settings: DatasetSettings) -> None:
         raise UserError(f"resolution is {width}x{height}", f"its sides must lie between 1 and {LARGEST_SIDE} pixels")
     for subset in settings.subsets:
         if subset.num_repeats > MOST_REPEATS:
-            source = subset.metadata_file or subset.image_dir
-            raise UserError(f"num_repeats of {source} is {subset.num_repeats}", f"give {MOST_REPEATS} at most")
+            raise UserError(f"num_repeats of {subset.source} is {subset.num_repeats}", f"give {MOST_REPEATS} at most")
         if not subset.caption_separator:
             raise UserError("caption_separator is empty", "give the text between the parts of a caption, such as ,")
         if subset.face_crop_aug_range is not None and not subset.face_crop_aug_range[0] > 0:
@@ -271,8 +270,7 @@ def _no_resolution() -> UserError:
 
 def _unusable(subset: SubsetSettings, seen: dict[str, str]) -> str | None:
     """Why a subset is left out, or None; remembers its folder or metadata file."""
-    source = subset.metadata_file or subset.image_dir
-    assert source is not None, "checked with the configuration"
+    source = subset.source
     if subset.num_repeats < 1:
         return f"{source} is left out: num_repeats is {subset.num_repeats}"
     path = os.path.normcase(os.path.realpath(source))
@@ -294,7 +292,7 @@ def _count_tags(table: dict[str, int], texts: Iterable[str]) -> None:
 
 def source_name(subset: SubsetSettings) -> str:
     """Last part of a subset's metadata file or folder, also where it ends in a slash."""
-    return os.path.basename(os.path.normpath(subset.metadata_file or str(subset.image_dir)))
+    return os.path.basename(os.path.normpath(subset.source))
 
 
 def _size_notes(items: Iterable[Item], settings: DatasetSettings) -> list[str]:

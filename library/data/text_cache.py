@@ -18,20 +18,13 @@ from library.data.cacher import WriteBehind
 from library.data.captions import MOST_VARIANTS
 from library.data.dataset import Dataset
 from library.data.latents_file import VALID
-from library.data.records import Item
+from library.data.records import CHANGING_CAPTIONS, Item
 from library.data.text_file import FOREIGN, SUFFIX, CachedText, TextOrigin, judge, key_text, write_text
 from library.messages import Progress, UserError, log, some
 
 EncodeText = Callable[[list[str]], CachedText]
 
 BATCH_SIZE = 16
-# Settings of a subset that make a caption another one from time to time.
-CHANGING = (
-    "caption_dropout_rate",
-    "shuffle_caption",
-    "token_warmup_step",
-    "caption_tag_dropout_rate",
-)
 
 
 @dataclass(slots=True)
@@ -70,11 +63,10 @@ def require_fixed_captions(datasets: Sequence[Any]) -> None:
                 )
             continue
         for subset in dataset.subsets:
-            name = next((name for name in CHANGING if getattr(subset, name)), None)
+            name = subset.changing(CHANGING_CAPTIONS)
             if name:
-                where = subset.image_dir or subset.metadata_file or "a subset"
                 raise UserError(
-                    f"text outputs cannot be cached with {name}, which {where} uses: the caption would change",
+                    f"text outputs cannot be cached with {name}, which {subset.source} uses: the caption would change",
                     f"turn off {name} or --cache_text_encoder_outputs",
                 )
             if subset.caption_dropout_every_n_epochs:
@@ -157,6 +149,11 @@ def _link(dataset: Dataset, item: Item, task: Task) -> None:
     item.text_npz = task.path
     if dataset.subsets[item.subset].enable_wildcard:
         item.text_variants = {**(item.text_variants or {}), task.caption: task.path}
+
+
+def unknown_origin(dataset: Dataset) -> TextOrigin:
+    """What is known of the text outputs of a data set without the text encoders: their length."""
+    return TextOrigin((dataset.settings.max_token_length or 75) + 2)
 
 
 def text_tasks(datasets: Sequence[Dataset]) -> list[list[Task]]:

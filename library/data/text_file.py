@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from library.data.latents_file import ABSENT, FILE_BYTES, FLOAT_BYTES, UNREADABLE, VALID, read_header
+from library.data.latents_file import ABSENT, BROKEN, FILE_BYTES, FLOAT_BYTES, UNREADABLE, VALID, read_header
 from library.messages import UserError
 from library.runtime.files import atomic_path
 
 SUFFIX = "_te_outputs.npz"
 FOREIGN = "of another program"
+INCOMPLETE = "arrays missing"
+CAPTION_CHANGED = "caption changed"
 # Widths of SDXL's two hidden states and of its pooled text.
 SDXL_WIDTHS = (768, 1280, 1280)
 ARRAYS = ("hidden_state1", "hidden_state2", "pool2")
@@ -135,16 +137,16 @@ def judge(path: str | os.PathLike[str], caption: str, origin: TextOrigin, *, ski
         return VALID
     header = read_header(path)
     if header is None:
-        return "broken file"
+        return BROKEN
     if not set(ARRAYS) <= header.shapes.keys():
-        return "arrays missing"
+        return INCOMPLETE
     shapes = [header.shapes[name] for name in ARRAYS]
     if shapes[0][:1] != (origin.length,) or (origin.widths and shapes != origin.shapes()):
         return "other length or model"
     if header.key is None:
         return FOREIGN
     if header.key.get("version") != 1 or header.key.get("caption") != caption:
-        return "caption changed"
+        return CAPTION_CHANGED
     for name, reason in (("encoders", "other text encoders"), ("dtype", "other precision")):
         ours, theirs = getattr(origin, name), header.key.get(name)
         if ours and theirs and ours != theirs:

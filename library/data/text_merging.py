@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from library.data.listing import with_dot
 from library.data.metadata_json import Metadata, read_metadata, write_metadata
 from library.data.picture_search import find_pictures
 from library.data.plain_text import read_text
@@ -29,8 +30,7 @@ def merge_files(config: TextMergeConfig, member: str) -> None:
     pictures = find_pictures(config.train_data_dir, recursive=config.recursive)
     log.info("%d pictures in %s", len(pictures), config.train_data_dir)
     metadata = _start(config)
-    suffix = config.caption_extension
-    suffix = suffix if suffix.startswith(".") else f".{suffix}"
+    suffix = with_dot(config.caption_extension)
     missing = merge_texts(metadata, pictures, member, suffix, full_path=config.full_path, debug=config.debug)
     if missing:
         text = "%d pictures have no %s file, their %s stays as it was: %s"

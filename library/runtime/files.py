@@ -106,6 +106,16 @@ def make_folder(folder: str | os.PathLike[str]) -> Path:
     return path
 
 
+def no_folder(path: str | os.PathLike[str]) -> str:
+    """What is wrong with a path that is no folder."""
+    return "is a file, not a folder" if os.path.exists(path) else "does not exist"
+
+
+def no_file(path: str | os.PathLike[str]) -> str:
+    """What is wrong with a path that is no file."""
+    return "is a folder, not a file" if os.path.isdir(path) else "does not exist"
+
+
 def check_room(folder: str | os.PathLike[str], size: int) -> None:
     """Refuse to start writing `size` bytes into `folder` (which need not exist yet) when they cannot fit.
 

@@ -26,6 +26,7 @@ from library.data.latents_file import (
     write_latents,
 )
 from library.data.metadata_json import Metadata, read_metadata, write_metadata
+from library.data.picture_check import file_and_reason
 from library.data.picture_folder import reason, seen_size
 from library.data.picture_search import find_pictures
 from library.data.records import DatasetSettings, Item, ScanResult, SubsetSettings
@@ -146,7 +147,7 @@ class Preparation:
         self.done.append(_item(task))
 
     def _leave_out(self, task: Task, error: UserError) -> None:
-        self.skipped.append(error.problem.removeprefix("cannot read picture "))
+        self.skipped.append(file_and_reason(error))
 
     def _finish(self) -> None:
         """Write the metadata file and say what was done."""

@@ -230,7 +230,7 @@ def test_edges(run: Any, tmp_path: Path, case: dict) -> None:
 def test_what_edges_refuse(run: Any, tmp_path: Path, case: str) -> None:
     save(tmp_path / "a.png", [20, 20])
     if case == "missing input file":
-        refused(run, "canny", "--input", "b.png", "--output", "o.png", says="b.png|No such file")
+        refused(run, "canny", "--input", "b.png", "--output", "o.png", says="--input b.png does not exist")
     elif case == "output without extension":
         (tmp_path / "o").write_text("earlier", encoding="utf-8")
         refused(run, "canny", "--input", "a.png", "--output", "o", says="--output o|.png")
