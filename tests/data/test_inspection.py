@@ -22,6 +22,7 @@ from library.training.data_inspection import inspect_options, training_options
 from library.training.data_metadata import manifest_metadata
 from library.training.data_setup import build_data
 from tests.test_page import Reader
+from tools.inspect_dataset import inspect
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = "tools/inspect_dataset.py"
@@ -139,6 +140,8 @@ def plant(data: Path) -> dict[str, str]:
     (cats / "text.txt").write_text("cat", encoding="utf-8")
     (cats / "short.png").write_bytes((cats / "00.png").read_bytes()[:200])
     (cats / "short.txt").write_text("cat", encoding="utf-8")
+    (cats / "stub.png").write_bytes((cats / "short.png").read_bytes())
+    (cats / "stub.txt").write_text("cat", encoding="utf-8")
     (cats / "copy.png").write_bytes((cats / "01.png").read_bytes())
     (cats / "copy.txt").write_text("cat", encoding="utf-8")
     drawing(2, (96, 192)).save(cats / "again.jpg", quality=80)
@@ -151,7 +154,7 @@ def plant(data: Path) -> dict[str, str]:
     drawing(53, (512, 64)).save(cats / "slim.png")
     (cats / "slim.txt").write_text("cat", encoding="utf-8")
     return {
-        "files that cannot be read": "text.png short.png",
+        "files that cannot be read": "text.png short.png stub.png",
         "caption files without a picture": "lost.txt",
         "the same file more than once": "01.png copy.png",
         "pictures that look the same": "02.png again.jpg",
@@ -327,5 +330,8 @@ def test_command_writes_json_and_the_page(data):
     facts = json.loads(result.stdout)
     assert facts["uses"] == 49
     assert facts["manifest_hash"] in (data / "dataset_report.html").read_text(encoding="utf-8")
-    missing = subprocess.run([*command[:2], "--page", ""], cwd=data, capture_output=True, text=True)
-    assert missing.returncode == 1 and missing.stderr.startswith("error: no pictures")
+
+
+def test_command_without_data_is_refused():
+    with pytest.raises(UserError, match="no pictures given"):
+        inspect(parse(SCRIPT, ["--page", ""]))
