@@ -53,7 +53,8 @@ def run_one(script: str, rank: int, port: int, folder: Path, options: list[str])
     train_script(script, options)
     state = {name: tensor.detach().contiguous().clone() for name, tensor in runs[0].target.state_dict().items()}
     save_file(state, folder / f"rank{rank}.safetensors")
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    os._exit(0)  # the threads of a process group do not always end in good order
 
 
 if __name__ == "__main__":

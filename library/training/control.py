@@ -39,7 +39,8 @@ class ControlFiles:
         """Forget what an earlier run was asked for and did not answer."""
         if run.processes.is_main:
             for path in self.paths:
-                path.unlink(missing_ok=True)
+                if path.exists():
+                    path.unlink()
 
     def after_flush(self, run: Run) -> None:
         """Answer what is asked for; the log has just been written, else nothing is looked for."""
