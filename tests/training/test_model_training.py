@@ -12,7 +12,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from library.data.group import build_group
+from library.data.records import DatasetSettings, ScanResult
 from library.messages import UserError
+from library.training.recipes.model import FineTuneRecipe
 
 DATA = Path(__file__).parents[1] / "reference" / "data"
 SCRIPTS = ("train_db", "fine_tune", "sdxl_train")
@@ -34,6 +37,15 @@ def moved(written: dict[str, torch.Tensor], source: Path) -> set[str]:
 
 def under(keys: set[str], prefix: str) -> bool:
     return any(key.startswith(prefix) for key in keys)
+
+
+@pytest.mark.parametrize(("steps", "warnings"), [(64, 0), (32, 1)])
+def test_uneven_bucket_steps_of_fine_tuning_are_told(steps: int, warnings: int, caplog: Any) -> None:
+    settings = DatasetSettings(
+        resolution=(128, 128), enable_bucket=True, min_bucket_reso=64, bucket_reso_steps=steps, kind="finetuning"
+    )
+    FineTuneRecipe().check_group(None, build_group([settings], [ScanResult()], tokenize=None, seed=0))
+    assert caplog.text.count(f"bucket_reso_steps {steps} is no multiple of 64") == warnings
 
 
 # Files

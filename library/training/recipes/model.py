@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from library.data.dataset import Dataset
 from library.data.support import SUPPORT
 from library.data.text_cache import require_fixed_captions
+from library.messages import log
 from library.models.modelspec import metadata_of_run
 from library.models.text_encoders import enable_gradient_checkpointing
 from library.options.model_training import block_rates
@@ -181,6 +183,20 @@ class FineTuneRecipe(ModelRecipe):
     script = "fine_tune.py"
     tracker = "finetuning"
     support = SUPPORT[script]
+    # In pixels: what the VAE and the U-Net's three halvings divide evenly.
+    even_steps = 64
+
+    def check_group(self, args: Any, group: Any) -> None:
+        """Tell of bucket sizes that the U-Net halves unevenly; later releases of sd-scripts refuse them here."""
+        bucketed = [
+            one.settings for one in getattr(group, "datasets", ()) if isinstance(one, Dataset) and one.bucket_limits[0]
+        ]
+        uneven = {one.bucket_reso_steps for one in bucketed if one.bucket_reso_steps % self.even_steps}
+        for steps in sorted(uneven):
+            log.warning(
+                "bucket_reso_steps %d is no multiple of %d: the U-Net halves some sizes unevenly, %d is better",
+                *(steps, self.even_steps, self.even_steps),
+            )
 
 
 class SdxlModelRecipe(ModelRecipe):
