@@ -24,7 +24,8 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").g
 
 # Options of other programs that the pages name.
 FOREIGN = {
-    "accelerate launch": {"--multi_gpu", "--num_processes", "--quiet"},
+    "accelerate launch": {"--multi_gpu", "--num_processes", "--quiet", "--machine_rank"},
+    "torchrun": {"--nproc_per_node"},
     "pip": {"--index-url"},
 }
 FLAG = re.compile(r"(?<![\w-])--[A-Za-z]\w*(?:-\w+)*")
