@@ -270,39 +270,6 @@ def weighted_rows(
     return split, scale.flatten(1)
 
 
-def encode_weighted(
-    text_encoder: nn.Module,
-    tokens: Sequence[Sequence[int]],
-    weights: Sequence[Sequence[float]],
-    *,
-    tokenizer: Any,
-    clip_skip: int | None = None,
-    max_token_length: int | None = None,
-    dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """Weighted captions (training.md 5.3) -> context (B, 77 n, D), each caption's mean kept.
-
-    Args:
-        tokens: per caption, without begin and end (`library.models.tokenizers.text_ids` of its pieces).
-        weights: one per token.
-        tokenizer: for the ids of begin, end and padding.
-        clip_skip, max_token_length: see `encode_chunks`; inner begin and end states stay.
-        dtype: of the result.
-    """
-    ids, scale = weighted_rows(
-        tokens,
-        weights,
-        max_chunks=count_chunks(max_token_length),
-        bos_id=tokenizer.bos_token_id,
-        eos_id=tokenizer.eos_token_id,
-        pad_id=tokenizer.pad_token_id,
-    )
-    hidden = encode_rows(text_encoder, ids.reshape(-1, CHUNK), clip_skip)
-    hidden = hidden.reshape(len(tokens), -1, hidden.shape[-1])
-    hidden = apply_weights(hidden, scale)
-    return hidden if dtype is None else hidden.to(dtype)
-
-
 def apply_weights(hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Scale hidden states (B, L, D) by weights (B, L) and bring each caption back to its mean before."""
     before = hidden.float().mean(dim=(1, 2)).to(hidden.dtype)

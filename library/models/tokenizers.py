@@ -222,12 +222,6 @@ def input_ids(tokenizer: Any, captions: Sequence[str], max_token_length: int | N
     return torch.from_numpy(split_chunks(rows, pad_id=tokenizer.pad_token_id, eos_id=tokenizer.eos_token_id))
 
 
-def input_ids_to_longest(tokenizer: Any, captions: Sequence[str]) -> torch.Tensor:
-    """Captions -> int64 (B, longest), for `--no_token_padding`: no padding beyond the longest caption, 77 at most."""
-    rows = torch.from_numpy(_rows(tokenizer, captions, CHUNK))
-    return without_padding(rows[:, None], tokenizer.eos_token_id)
-
-
 def without_padding(input_ids: torch.Tensor, eos_id: int) -> torch.Tensor:
     """Padded ids (B, 1, 77) on the CPU -> (B, longest), up to the first end token of the longest row."""
     rows = input_ids[:, 0]

@@ -77,15 +77,6 @@ class Processes:
         for _ in range(together - self.local_rank):
             self.barrier()
 
-    @contextlib.contextmanager
-    def main_first(self) -> Iterator[None]:
-        """Let the first process run the block before the others (downloads, caches)."""
-        if not self.is_main:
-            self.barrier()
-        yield
-        if self.is_main:
-            self.barrier()
-
     def reduce_mean(self, value: torch.Tensor) -> torch.Tensor:
         """The mean of a tensor over all processes; with one process the tensor itself."""
         if self.count == 1:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -53,16 +51,14 @@ def wrap_model(
     *,
     family: str = "sd",
     repeated_block_classes: tuple[str, ...] = (),
-    attach: Callable[[], Any] | None = None,
 ) -> nn.Module:
-    """Prepare a loaded model: cast and layout, adapters, checkpointing, compile of the repeated blocks.
+    """Prepare a loaded model: cast and layout, checkpointing, compile of the repeated blocks.
 
     Args:
         model: a U-Net; changed in place.
         policy: what to do.
         family: `sd` or `sdxl`, for the layout.
         repeated_block_classes: class names of the blocks to compile (`Family.repeated_block_classes`).
-        attach: attaches adapters; called after the cast and before anything that looks at forward functions.
 
     Returns:
         The same model.
@@ -73,8 +69,6 @@ def wrap_model(
     last = CHANNELS_LAST.get((family, device.type), False) if policy.channels_last is None else policy.channels_last
     if last:
         model.to(memory_format=torch.channels_last)
-    if attach is not None:
-        attach()
     if policy.checkpointing_interval:
         _enable_checkpointing(model, policy.checkpointing_interval, policy.offload_checkpoints)
     if policy.compile_backend is not None:

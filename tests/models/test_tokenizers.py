@@ -92,7 +92,7 @@ def test_reference_check_line():
 
 def test_longest_row():
     tokenizer = T.load_tokenizer(T.OPENCLIP_H)
-    ids = T.input_ids_to_longest(tokenizer, ["a photo of a cat", "cat"])
+    ids = T.without_padding(T.input_ids(tokenizer, ["a photo of a cat", "cat"]), tokenizer.eos_token_id)
     assert ids.tolist() == [[49406, 320, 1125, 539, 320, 2368, 49407], [49406, 2368, 49407, 0, 0, 0, 0]]
 
 

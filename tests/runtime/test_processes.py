@@ -32,8 +32,6 @@ if p.rank == 1:
 p.all_reduce_gradients([a, b, c, frozen, half])
 with p.in_turn():
     pass
-with p.main_first():
-    pass
 print(json.dumps({
     "rank": p.rank, "count": p.count, "main": p.is_main, "quiet": messages.log.disabled,
     "gradients": [x.grad.tolist() for x in (a, b, c, half)], "frozen": frozen.grad is None,
@@ -80,7 +78,7 @@ def test_alone_nothing_is_copied_or_sent() -> None:
     parameter = torch.nn.Parameter(torch.zeros(2))
     alone.all_reduce_gradients([parameter])
     assert parameter.grad is None
-    with alone.in_turn(), alone.main_first():
+    with alone.in_turn():
         alone.barrier()
 
 
