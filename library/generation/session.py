@@ -18,6 +18,7 @@ from library.messages import Progress, UserError, log
 from library.options.image import ImageConfig
 from library.prompts import dynamic
 from library.prompts.line_options import PICTURE_ITEMS, SIZE_CONDITION_ITEMS, ParsedLine, parse_line
+from library.runtime.memory import GENERATION_REMEDIES, explained_out_of_memory
 
 DEFAULT_STRENGTH = 0.8
 
@@ -164,7 +165,8 @@ class Session:
     def _draw_batches(self, batches: list[list[ImageRequest]]) -> None:
         for batch in batches:
             try:
-                images = self.engine.generate(batch)
+                with explained_out_of_memory("drawing", GENERATION_REMEDIES):
+                    images = self.engine.generate(batch)
             except (UserError, RuntimeError) as error:
                 self._report(error, batch)
                 continue

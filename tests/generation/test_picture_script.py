@@ -17,7 +17,7 @@ from library.generation.command import find_model
 from library.generation.output import OutputFolder, save_picture
 from library.generation.request import ImageRequest
 from library.generation.session import Session
-from library.messages import UserError
+from library.messages import UserError, log
 from library.options.declare import options_of
 from library.options.image import ImageConfig
 from library.options.image_model import ImageModelConfig
@@ -177,12 +177,14 @@ class FailingEngine:
         return [Image.new("RGB", (8, 8)) for _ in requests]
 
 
-def test_a_failed_batch_does_not_stop_the_others(tmp_path: Path) -> None:
+def test_a_failed_batch_does_not_stop_the_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log.propagate = True
     config = ImageConfig(outdir=str(tmp_path), batch_size=2)
     session = Session(config, FailingEngine(), ["a cat", "a dog", "a cat", "a cat"])
     with pytest.raises(UserError, match="2 pictures could not be drawn"):
         session.run()
     assert len(list(tmp_path.iterdir())) == 2
+    assert "out of memory while drawing: try a smaller --batch_size" in caplog.text
 
 
 def test_prompt_files(tmp_path: Path) -> None:
