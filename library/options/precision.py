@@ -56,3 +56,8 @@ class PrecisionConfig:
     )
     lowram: bool = option(False, "load models straight to the device, for machines with little CPU memory")
     highvram: bool = option(False, "keep the device's memory cache, for devices with much memory")
+
+    @property
+    def halves_trained(self) -> bool:
+        """What is trained is held in half precision too."""
+        return self.full_fp16 or self.full_bf16

@@ -8,6 +8,9 @@ from typing import Any
 from library.messages import UserError, warn_once
 from library.options.declare import option
 
+# Sides of SDXL's buckets are multiples of it: the U-Net halves latents twice.
+BUCKET_STEPS = 32
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SdxlConfig:

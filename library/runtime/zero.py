@@ -28,7 +28,7 @@ class Zero(Copies):
         processes: of the run.
         config: the options of DeepSpeed.
         batch_size, accumulation: of the run; max_grad_norm: 0 for no limit.
-        precision: `no`, `fp16` or `bf16`: the computations'; half: weights are halved too (`--full_*`).
+        weights: their number format, `no` (float32), `fp16` or `bf16`.
     """
 
     spread = True
@@ -41,8 +41,7 @@ class Zero(Copies):
         batch_size: int,
         accumulation: int,
         max_grad_norm: float,
-        precision: str,
-        half: bool,
+        weights: str,
     ) -> None:
         self.processes = processes
         self.stage = config.zero_stage
@@ -51,8 +50,9 @@ class Zero(Copies):
                 "--zero_stage 3 with --gradient_accumulation_steps above 1", "use --zero_stage 2, or a larger batch"
             )
         self.accumulation = accumulation
-        self.settings = settings(config, batch_size, accumulation, max_grad_norm, precision if half else "no")
+        self.settings = settings(config, batch_size, accumulation, max_grad_norm, weights)
         self.engine: Any = None
+        self.base: Any = None
         self.skeletons: dict[str, nn.Module] = {}
 
     def place(self, modules: Mapping[str, nn.Module], block_classes: tuple[str, ...]) -> None:
@@ -166,14 +166,14 @@ class EngineOptimizer:
 
 
 def settings(
-    config: DistributedConfig, batch_size: int, accumulation: int, max_grad_norm: float, half: str
+    config: DistributedConfig, batch_size: int, accumulation: int, max_grad_norm: float, weights: str
 ) -> dict[str, Any]:
     """DeepSpeed's configuration.
 
     Args:
         config: the options of DeepSpeed.
         batch_size, accumulation: of each process; max_grad_norm: 0 for no limit.
-        half: format of the weights, `fp16`, `bf16` or `no`.
+        weights: their number format, `no`, `fp16` or `bf16`.
     """
     zero: dict[str, Any] = {"stage": config.zero_stage}
     for kind in ("optimizer", "param"):
@@ -191,10 +191,10 @@ def settings(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    if half != "no":
-        found[half] = {"enabled": True}
-        if half == "fp16":
-            found[half]["fp16_master_weights_and_grads"] = config.fp16_master_weights_and_gradients
+    if weights != "no":
+        found[weights] = {"enabled": True}
+        if weights == "fp16":
+            found[weights]["fp16_master_weights_and_grads"] = config.fp16_master_weights_and_gradients
     return found
 
 

@@ -18,12 +18,11 @@ from library.models.family import Family, LoadedModel, family
 from library.models.partial import load_sdxl_text_encoders, require_family
 from library.models.vae import load_vae
 from library.options.caching import idle_options
-from library.options.sdxl import verify_sdxl_training_args
+from library.options.sdxl import BUCKET_STEPS, verify_sdxl_training_args
 from library.runtime.precision import weight_dtype
 from library.runtime.processes import Processes, start_processes
 from library.training import data_setup
 from library.training.draws import Draws
-from library.training.sdxl_network_trainer import BUCKET_STEPS
 from library.training.text_outputs import TextCacher
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from library.messages import UserError
+from library.training.optimizers import parameter_rates
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ def set_idle_aside(
     Raises:
         UserError: nothing is left to train.
     """
-    rates = [group.get("lr", rate) for group in groups]
+    rates = parameter_rates(groups, rate)
     idle = IdleParts(
         tuple(name for name, own in zip(names, rates, strict=True) if own == 0),
         tuple(p for group, own in zip(groups, rates, strict=True) if own == 0 for p in group["params"]),

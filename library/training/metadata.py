@@ -21,6 +21,7 @@ from library.options.declare import from_namespace
 from library.options.metadata import MetadataConfig
 from library.training.data_metadata import (
     base_name,
+    common_resolution,
     config_file_metadata,
     facts_of,
     manifest_metadata,
@@ -159,6 +160,32 @@ def modelspec_for_network(
         min_timestep=getattr(args, "min_timestep", None),
         max_timestep=getattr(args, "max_timestep", None),
         clip_skip=getattr(args, "clip_skip", None),
+    )
+
+
+def modelspec_for_run(
+    options: Resolved, datasets: Sequence[Any], *, kind: str, sdxl: bool, is_stability_layout: bool | None = None
+) -> dict[str, str]:
+    """The `modelspec.*` texts of a model or an embedding.
+
+    Args:
+        options: the effective options.
+        datasets: the members of the run's data set group, for the resolution where `--resolution` is not given.
+        kind, sdxl, is_stability_layout: as for `metadata_of_run`.
+    """
+    return metadata_of_run(
+        options.metadata,
+        kind=kind,
+        v2=options.model.v2,
+        v_parameterization=options.model.v_parameterization,
+        sdxl=sdxl,
+        timestamp=time.time(),
+        output_name=options.saving.output_name,
+        resolution=options.dataset.resolution or common_resolution(datasets),
+        min_timestep=options.objective.min_timestep,
+        max_timestep=options.objective.max_timestep,
+        clip_skip=options.model.clip_skip,
+        is_stability_layout=is_stability_layout,
     )
 
 

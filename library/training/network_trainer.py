@@ -28,12 +28,10 @@ class NetworkTrainer(HookedTrainer):
 
     def train(self, args: argparse.Namespace) -> None:
         """The whole run; returns early for `--debug_dataset` and `--dry_run`."""
-        from library.training import assemble, loop
         from library.training.recipes.network import NetworkRecipe
+        from library.training.recipes.recipe import train_by
 
-        self.run = assemble.build_run(NetworkRecipe(self), args)
-        if self.run is not None:
-            loop.train(self.run)
+        train_by(NetworkRecipe(self), args)
 
     # Before the first step, in call order
 

@@ -33,7 +33,7 @@ def make_parallel(recipe: Recipe, options: Resolved, processes: Processes) -> Co
     for name in APART:
         if name in options and options.value(name):
             raise UserError(f"--{name} with {way}", "leave one of them out")
-    half = options.precision.full_fp16 or options.precision.full_bf16
+    half = options.precision.halves_trained
     if way == "FSDP":
         if half or options.precision.mixed_precision == "fp16":
             raise UserError(
@@ -50,6 +50,5 @@ def make_parallel(recipe: Recipe, options: Resolved, processes: Processes) -> Co
         batch_size=options.dataset.train_batch_size,
         accumulation=options.loop.gradient_accumulation_steps,
         max_grad_norm=options.optimizer.max_grad_norm,
-        precision=options.precision.mixed_precision,
-        half=half,
+        weights=options.precision.mixed_precision if half else "no",
     )

@@ -25,6 +25,7 @@ from typing import Any
 
 from library.messages import Interrupted, UserError, log
 from library.runtime.files import atomic_path
+from library.training.saving import DEFAULT_LAST_OUTPUT_NAME
 
 FORMAT = 1
 SUFFIX = "-metrics.jsonl"
@@ -131,7 +132,7 @@ class Record:
 
 def record_path(output_dir: str | None, output_name: str | None) -> Path:
     """Where the record of a run with these options lies."""
-    return Path(output_dir or ".") / f"{output_name or 'last'}{SUFFIX}"
+    return Path(output_dir or ".") / f"{output_name or DEFAULT_LAST_OUTPUT_NAME}{SUFFIX}"
 
 
 def read_record(path: Path) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from library.runtime.precision import weight_dtype
 from library.training.record import Record, record_path
 from library.training.report import length, parts
 from library.training.run_page import page_path
+from library.training.saving import DEFAULT_LAST_OUTPUT_NAME
 from library.training.work import WorkCounter
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def run_facts(options: Resolved, run: Run) -> dict[str, Any]:
     """The `run` line of the record."""
     device, saving = run.processes.device, options.saving
     return {
-        "name": saving.output_name or "last",
+        "name": saving.output_name or DEFAULT_LAST_OUTPUT_NAME,
         "script": options.script,
         "from_step": run.position.step,
         "max_steps": run.max_steps,

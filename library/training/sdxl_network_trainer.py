@@ -7,12 +7,10 @@ from typing import Any
 import torch
 
 from library.data.text_cache import require_fixed_captions
-from library.options.sdxl import require_frozen_encoders, verify_sdxl_training_args
+from library.options.sdxl import BUCKET_STEPS, require_frozen_encoders, verify_sdxl_training_args
 from library.training.hooked_trainer import HookedSdxlTrainer
 from library.training.latents import move_vae
 from library.training.network_trainer import NetworkTrainer
-
-BUCKET_STEPS = 32
 
 
 class SdxlNetworkTrainer(HookedSdxlTrainer, NetworkTrainer):

@@ -21,15 +21,13 @@ from library.models.embedding_files import (
     tables_of,
     write_embedding,
 )
-from library.options.sdxl import verify_sdxl_training_args
+from library.options.sdxl import BUCKET_STEPS, verify_sdxl_training_args
 from library.training.hooked_trainer import HookedSdxlTrainer, HookedTrainer
 
 if TYPE_CHECKING:
     import argparse
 
     from library.training.new_word import NewWord
-
-SDXL_BUCKET_STEPS = 32
 
 
 class TextualInversionTrainer(HookedTrainer):
@@ -48,12 +46,10 @@ class TextualInversionTrainer(HookedTrainer):
 
     def train(self, args: argparse.Namespace) -> None:
         """The whole run; returns early for `--debug_dataset` and `--dry_run`."""
-        from library.training import assemble, loop
         from library.training.recipes.embedding import EmbeddingRecipe
+        from library.training.recipes.recipe import train_by
 
-        self.run = assemble.build_run(EmbeddingRecipe(self), args)
-        if self.run is not None:
-            loop.train(self.run)
+        train_by(EmbeddingRecipe(self), args)
 
     # Before the first step
 
@@ -87,7 +83,7 @@ class TextualInversionTrainer(HookedTrainer):
             tokenizers=_as_list(tokenizers),
             clip_skip=args.clip_skip,
             max_token_length=args.max_token_length,
-            dtype=weight_dtype if is_halved(args) else None,
+            dtype=weight_dtype if args.full_fp16 or args.full_bf16 else None,
         )
         return text.hidden[0] if text.pooled is None else (*text.hidden, text.pooled)
 
@@ -126,7 +122,7 @@ class SdxlTextualInversionTrainer(HookedSdxlTrainer, TextualInversionTrainer):
         """Options that SDXL cannot have, buckets that its U-Net cannot take."""
         super().assert_extra_args(args, train_dataset_group, val_dataset_group)
         verify_sdxl_training_args(args, support_text_encoder_caching=False)
-        train_dataset_group.verify_bucket_reso_steps(SDXL_BUCKET_STEPS)
+        train_dataset_group.verify_bucket_reso_steps(BUCKET_STEPS)
 
     def load_weights(self, file: str) -> list[torch.Tensor | None]:
         return tables_of(read_embedding(file), SDXL)
@@ -183,11 +179,6 @@ def load_layers(file: str) -> torch.Tensor:
 def train_layered(args: argparse.Namespace) -> None:
     """The function `train` of `train_textual_inversion_XTI.py`."""
     LayeredInversionTrainer().train(args)
-
-
-def is_halved(args: Any) -> bool:
-    """Whether what learns is held in half precision too."""
-    return bool(args.full_fp16 or args.full_bf16)
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -15,12 +15,12 @@ from library.messages import UserError
 from library.options.effects import without_effect
 from library.options.objective import ObjectiveConfig
 from library.options.parser import parse, resolve
-from library.training.assemble import effective_options
 from library.training.data_setup import require_masks
 from library.training.feed import DataFeed
 from library.training.model_setup import choose_attention
 from library.training.step import per_sample_loss
 from library.training.targets.network import NetworkTarget
+from library.training.write_back import effective_options
 
 
 def losses(batch: dict, **options: object) -> torch.Tensor:

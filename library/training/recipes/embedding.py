@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,14 +12,13 @@ from library.data.templates import OBJECT_TEMPLATES, STYLE_TEMPLATES, names_word
 from library.messages import UserError, log
 from library.models.embedding_files import require_width
 from library.models.embeddings import grow_table, init_word_ids, random_rows, rows_of, set_rows
-from library.models.modelspec import metadata_of_run
 from library.models.text_encoders import enable_gradient_checkpointing
 from library.runtime.float8 import hold_in_float8
 from library.runtime.streams import stream
 from library.runtime.wrap import WrapPolicy, wrap_model
 from library.training import model_setup
-from library.training.data_metadata import common_resolution
 from library.training.hooks import Hooks, refuse_strategy_overrides
+from library.training.metadata import modelspec_for_run
 from library.training.metrics import model_step_logs
 from library.training.network_setup import require_file
 from library.training.new_word import NewWord, add_word
@@ -28,7 +26,6 @@ from library.training.optimizers import optimizer_name
 from library.training.recipes.recipe import Recipe, Setup
 from library.training.saving import network_extension
 from library.training.targets.embedding import NUMBER_BY_NUMBER, EmbeddingTarget
-from library.training.textual_inversion_trainer import is_halved
 
 if TYPE_CHECKING:
     from library.options.parser import Resolved
@@ -147,7 +144,7 @@ class EmbeddingRecipe(Recipe):
 
     def prepare_text(self, setup: Setup) -> None:
         """The encoders learn in float32, under autocast, unless `--full_*` halves them."""
-        dtype = setup.dtype if is_halved(setup.args) else torch.float32
+        dtype = setup.dtype if setup.options.precision.halves_trained else torch.float32
         for encoder in setup.model.text_encoders:
             encoder.to(setup.processes.device, dtype)
 
@@ -173,29 +170,16 @@ class EmbeddingRecipe(Recipe):
             word=self.word,
             weight_dtype=setup.dtype,
             autocast=setup.processes.autocast if mixed else contextlib.nullcontext,
-            halved=is_halved(setup.args),
+            halved=setup.options.precision.halves_trained,
             rows_alone=takes_rows_alone(setup.options),
         )
 
     # What is written
 
     def metadata(self, setup: Setup, feed: DataFeed, built: Built, epochs: int) -> Metadata:
-        return lambda run, epoch: self._modelspec(setup)
-
-    def _modelspec(self, setup: Setup) -> dict[str, str]:
-        options = setup.options
-        return metadata_of_run(
-            options.metadata,
-            kind="textual_inversion",
-            v2=options.model.v2,
-            v_parameterization=options.model.v_parameterization,
-            sdxl=self.family.name == "sdxl",
-            timestamp=time.time(),
-            output_name=options.saving.output_name,
-            resolution=options.dataset.resolution or common_resolution(setup.group.datasets),
-            min_timestep=options.objective.min_timestep,
-            max_timestep=options.objective.max_timestep,
-            clip_skip=options.model.clip_skip,
+        sdxl = self.family.name == "sdxl"
+        return lambda run, epoch: modelspec_for_run(
+            setup.options, setup.group.datasets, kind="textual_inversion", sdxl=sdxl
         )
 
     def extension(self, setup: Setup) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,15 +11,14 @@ from library.data.dataset import Dataset
 from library.data.support import SUPPORT
 from library.data.text_cache import require_fixed_captions
 from library.messages import log
-from library.models.modelspec import metadata_of_run
 from library.models.text_encoders import enable_gradient_checkpointing
 from library.options.model_training import block_rates
+from library.options.sdxl import BUCKET_STEPS
 from library.runtime.wrap import WrapPolicy, wrap_model
 from library.training import model_setup
-from library.training.data_metadata import common_resolution
 from library.training.hooked_trainer import HookedSdxlTrainer, HookedTrainer
 from library.training.kept_weights import KeptWeights
-from library.training.latents import move_vae
+from library.training.metadata import modelspec_for_run
 from library.training.metrics import model_step_logs
 from library.training.model_parts import TEXT_BLOCK_CLASSES, Rates, trained_modules
 from library.training.recipes.recipe import Recipe, Setup
@@ -112,12 +110,12 @@ class ModelRecipe(Recipe):
 
     def input_dtype(self, setup: Setup) -> torch.dtype | None:
         """Of the latents that the U-Net is given; they stay float32 unless its weights are halved."""
-        return setup.dtype if is_halved(setup.options) else None
+        return setup.dtype if setup.options.precision.halves_trained else None
 
     def _place_models(self, setup: Setup, rates: Rates) -> None:
         """On the device: what learns in float32 unless `--full_*` halves it, the rest in the weight dtype."""
         device, model = setup.processes.device, setup.model
-        learning = setup.dtype if is_halved(setup.options) else None
+        learning = setup.dtype if setup.options.precision.halves_trained else None
         unet_dtype = learning if rates.trains_unet else setup.dtype
         wrap_model(model.unet, WrapPolicy(device=device, dtype=unet_dtype), family=self.family.name)
         if self.caches_text(setup.options):
@@ -146,22 +144,11 @@ class ModelRecipe(Recipe):
         form = self.written_as(setup)
         if not (form.stability_layout and form.safetensors):
             return lambda run, epoch: {}
-        return lambda run, epoch: self._modelspec(setup)
-
-    def _modelspec(self, setup: Setup) -> dict[str, str]:
-        options = setup.options
-        return metadata_of_run(
-            options.metadata,
+        return lambda run, epoch: modelspec_for_run(
+            setup.options,
+            setup.group.datasets,
             kind="checkpoint",
-            v2=options.model.v2,
-            v_parameterization=options.model.v_parameterization,
             sdxl=self.family.name == "sdxl",
-            timestamp=time.time(),
-            output_name=options.saving.output_name,
-            resolution=options.dataset.resolution or common_resolution(setup.group.datasets),
-            min_timestep=options.objective.min_timestep,
-            max_timestep=options.objective.max_timestep,
-            clip_skip=options.model.clip_skip,
             is_stability_layout=True,
         )
 
@@ -207,12 +194,11 @@ class SdxlModelRecipe(ModelRecipe):
     says_token_ids = True
     support = SUPPORT[script]
     opener_class = HookedSdxlTrainer
-    bucket_steps = 32
 
     def check_group(self, args: Any, group: Any) -> None:
         if args.cache_text_encoder_outputs:
             require_fixed_captions(getattr(group, "datasets", [group]))
-        group.verify_bucket_reso_steps(self.bucket_steps)
+        group.verify_bucket_reso_steps(BUCKET_STEPS)
 
     def text_rates(self, options: Resolved) -> list[float | None]:
         config = options.model_training
@@ -243,12 +229,7 @@ class SdxlModelRecipe(ModelRecipe):
         )
         processes.barrier()
         for encoder in encoders:
-            move_vae(encoder, "cpu")
-
-
-def is_halved(options: Resolved) -> bool:
-    """Whether what learns is held in half precision too."""
-    return options.precision.full_fp16 or options.precision.full_bf16
+            encoder.to("cpu")
 
 
 def text_steps(options: Resolved) -> int | None:

@@ -144,9 +144,9 @@ class NetworkRecipe(Recipe):
 
     def before_first_step(self, setup: Setup, target: Target) -> None:
         assert isinstance(target, NetworkTarget)
-        network, precision = target.network, setup.options.precision
+        network = target.network
         network.to(setup.processes.device)
-        if precision.full_fp16 or precision.full_bf16:
+        if setup.options.precision.halves_trained:
             network.to(setup.dtype)
         network.prepare_grad_etc(network_setup.encoders_argument(setup.model), setup.model.unet)
 

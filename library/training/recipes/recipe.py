@@ -42,6 +42,7 @@ class Setup:
         tokenizers: one per text encoder.
         group: the data set group.
         processes, draws: of the run.
+        has_trackers: values go to tensorboard, wandb or others.
         parallel: how weights, gradients and optimizer state lie on the processes.
         dtype: of frozen weights and of the computations (`--mixed_precision`).
     """
@@ -51,6 +52,7 @@ class Setup:
     tokenizers: list[Any]
     group: Any
     processes: Processes
+    has_trackers: bool
     parallel: Copies
     draws: Draws
     dtype: torch.dtype
@@ -162,6 +164,6 @@ def train_by(recipe: Recipe, args: argparse.Namespace) -> None:
     """The whole run; returns early for `--debug_dataset` and `--dry_run`."""
     from library.training import assemble, loop
 
-    run = assemble.build_run(recipe, args)
-    if run is not None:
-        loop.train(run)
+    recipe.opener.run = assemble.build_run(recipe, args)
+    if recipe.opener.run is not None:
+        loop.train(recipe.opener.run)

@@ -79,8 +79,6 @@ class ModelTarget(Target):
         self.trains_text = rates.trains_text
         freeze_parts(model.unet, model.text_encoders, rates, family.idle_parameters(model.text_encoders, clip_skip))
         self.parts = trained_parts(model.unet, model.text_encoders, rates)
-        if not self.parts:
-            raise UserError("every learning rate is 0: nothing would be trained", "give --learning_rate above 0")
         self._parameters = [parameter for part in self.parts for parameter in part.parameters]
         self.on_epoch_start(1)
 
