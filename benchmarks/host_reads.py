@@ -9,6 +9,7 @@ import itertools
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,12 @@ from benchmarks.tiny_run import tiny_run
 STEPS = 24
 
 
-def reads_per_update(command: list[str]) -> list[int]:
-    """Train with these options and return the host reads from each update to the next.
+def reads_per_update(train: Callable[[], None]) -> list[int]:
+    """Host reads from each update to the next of the training that `train` does.
 
     Counted are forward, backward, update, logging, saving and fetching of the next batch.
     """
-    from library.options.parser import parse
     from library.training import loop
-    from library.training.network_trainer import NetworkTrainer
 
     counter = OpCounter()
     marks: list[int] = []
@@ -41,15 +40,23 @@ def reads_per_update(command: list[str]) -> list[int]:
     loop.update = marked(original)
     try:
         with counter:
-            NetworkTrainer().train(parse("train_network.py", command))
+            train()
     finally:
         loop.update = original
     return [after - before for before, after in itertools.pairwise(marks)]
 
 
+def train_network(command: list[str]) -> None:
+    """A LoRA run with these options."""
+    from library.options.parser import parse
+    from library.training.network_trainer import NetworkTrainer
+
+    NetworkTrainer().train(parse("train_network.py", command))
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        reads = reads_per_update([*tiny_run(Path(folder), STEPS), *sys.argv[1:]])
+        reads = reads_per_update(partial(train_network, [*tiny_run(Path(folder), STEPS), *sys.argv[1:]]))
     print(f"host reads from update to update: {' '.join(map(str, reads))}")
     print(f"quiet steps: {reads.count(0)} of {len(reads)}; reads per step on average: {sum(reads) / len(reads):.2f}")
 

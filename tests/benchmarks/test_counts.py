@@ -11,8 +11,8 @@ from benchmarks.counting import count
 from benchmarks.host_reads import reads_per_update
 from benchmarks.kernels import own_kernels
 from benchmarks.startup import help_of, scripts
-from benchmarks.tiny_run import tiny_run
 from library.training.logbook import FLUSH_EVERY
+from tests.training.runs import SCRIPTS, options_of, train
 
 # Of SD 1.5 on meta tensors with torch 2.13; other versions decompose attention there in another way.
 COUNTED_WITH = "2.13"
@@ -52,11 +52,23 @@ def test_an_adapted_module_adds_two_kernels() -> None:
         assert counts["forward and backward"] <= KERNELS_OF_A_STEP
 
 
-@pytest.mark.parametrize(
-    "options", [(), ("--gradient_accumulation_steps", "2"), ("--gradient_checkpointing",), ("--ema_decay", "0.9")]
-)
-def test_a_quiet_step_reads_nothing_from_the_device(tmp_path: Path, options: tuple[str, ...]) -> None:
-    reads = reads_per_update([*tiny_run(tmp_path, 8), *options])
+# Kind of what is trained: (script, options); accumulation doubles the micro-steps of an update.
+QUIET = {
+    "LoRA": ("train_network.py", ()),
+    "LoRA, accumulation": ("train_network.py", ("--gradient_accumulation_steps", "2")),
+    "LoRA, checkpointing and average": ("train_network.py", ("--gradient_checkpointing", "--ema_decay", "0.9")),
+    "model": ("train_db.py", ()),
+    "model, updates in the backward pass": ("sdxl_train.py", ("--fused_backward_pass",)),
+    "embedding": ("train_textual_inversion.py", ()),
+}
+
+
+@pytest.mark.parametrize(("script", "options"), QUIET.values(), ids=QUIET)
+def test_a_quiet_step_reads_nothing_from_the_device(
+    script: str, options: tuple[str, ...], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    model = request.getfixturevalue(f"tiny_{SCRIPTS[script][0]}")
+    reads = reads_per_update(lambda: train(script, options_of(script, model, tmp_path, *options, steps=8)))
     assert len(reads) == 7 < FLUSH_EVERY
     # An epoch of the six pictures has three batches; at its end the log is written and the next loader starts.
     assert reads.count(0) >= len(reads) // 2

@@ -36,13 +36,6 @@ def test_stopped_twice_equals_uninterrupted(train, workers: str) -> None:
     assert_equal(whole, parts)
 
 
-def test_state_saved_in_the_middle_of_an_epoch(train) -> None:
-    options = (*VARIED, "--lr_scheduler", "cosine")
-    out = train(*options, "--save_state", "--save_every_n_steps", "1", output="whole", steps=6)
-    rest = train(*options, "--resume", str(out / "x-step00000001-state"), output="rest", steps=6)
-    assert_equal(weights(out), weights(rest))
-
-
 def test_workers_do_not_change_the_run(train) -> None:
     options = (*VARIED, "--lr_scheduler", "linear")
     a = weights(train(*options, output="a"))

@@ -52,10 +52,9 @@ def test_scripts(script: str, request: pytest.FixtureRequest, tmp_path: Path) ->
     assert_equal(*resumed(script, model, tmp_path, *options, times=2))
 
 
-@pytest.mark.parametrize("script", ["train_network.py", "sdxl_train.py"])
-def test_loader_workers(script: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    model = request.getfixturevalue(f"tiny_{SCRIPTS[script][0]}")
-    assert_equal(*resumed(script, model, tmp_path, *VARIED, "--max_data_loader_n_workers", "2"))
+def test_loader_workers(tiny_sdxl: Path, tmp_path: Path) -> None:
+    """Those of a LoRA: test_resume.py."""
+    assert_equal(*resumed("sdxl_train.py", tiny_sdxl, tmp_path, *VARIED, "--max_data_loader_n_workers", "2"))
 
 
 def kinds() -> list[str]:
