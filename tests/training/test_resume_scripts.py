@@ -28,15 +28,16 @@ VARIED = (
 def resumed(script: str, model: Path, folder: Path, *options: str, times: int = 1) -> tuple[dict, dict]:
     """Weights of one whole run, and of the last of those that went on from a state of the one before."""
     stops = sorted(random.Random(f"{script} {options}").sample(range(1, STEPS), times))
-    saves = ("--save_state", "--save_every_n_steps", "1")
 
-    def run(name: str, *more: str) -> Path:
+    def run(name: str, following: list[int], *more: str) -> Path:
+        saves = ("--save_state", "--save_every_n_steps", str(following[0])) if following else ()
         train(script, options_of(script, model, folder / name, *options, *saves, *more, steps=STEPS))
         return folder / name
 
-    before = whole = run("whole")
+    before = whole = run("whole", stops)
     for number, stop in enumerate(stops):
-        before = run(f"resumed{number}", "--resume", str(before / f"x-step{stop:08d}-state"))
+        state = str(before / f"x-step{stop:08d}-state")
+        before = run(f"resumed{number}", stops[number + 1 :], "--resume", state)
     return load_file(whole / "x.safetensors"), load_file(before / "x.safetensors")
 
 
