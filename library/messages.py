@@ -189,7 +189,7 @@ class Progress:
         self.done += count
         self._shown.update(shown)
         if self._bar is not None:
-            shown = ", ".join([f"{self.rate:.3g}/s", self._values()] if self._shown else [f"{self.rate:.3g}/s"])
+            shown = ", ".join([self._speed(), self._values()] if self._shown else [self._speed()])
             self._bar.update(self._task, completed=self.done, shown=shown)
             return
         now = time.monotonic()
@@ -201,11 +201,14 @@ class Progress:
         """The state in one line of text."""
         amount = f"{self.done}" if self.total is None else f"{self.done}/{self.total}"
         left = self.seconds_left
-        parts = [f"{self.description} {amount}", f"{self.rate:.3g}/s"]
+        parts = [f"{self.description} {amount}", self._speed()]
         if left:
             parts.append(f"{clock(left)} left")
         values = self._values()
         return ", ".join([*parts, values] if values else parts)
+
+    def _speed(self) -> str:
+        return f"{self.rate:,.0f}/s" if self.rate >= 100 else f"{self.rate:.3g}/s"
 
     def _values(self) -> str:
         return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in self._shown.items())

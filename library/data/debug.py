@@ -43,7 +43,7 @@ def debug_dataset(train_dataset: Any, show_input_ids: bool = False, folder: str 
             return
     if sheets is not None:
         written = sheets.write(Path(folder))
-        log.info("%d contact sheets are in %s", len(written), Path(folder).resolve())
+        log.info("contact sheets: %d in %s", len(written), Path(folder).resolve())
 
 
 def _shapes(batch: dict[str, Any]) -> str:

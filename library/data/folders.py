@@ -78,6 +78,9 @@ def _flat(folder: str, option: str, listing: Listing, is_reg: bool) -> list[dict
             f"{option} {folder} is itself a folder named N_name",
             f"give the folder above it: {option} {os.path.dirname(path)}",
         )
+    meant = _named_below(folder, listing.folders)
+    if meant is not None:
+        log.warning("%s has folders named N_name, which are not used: is %s %s meant?", meant, option, meant)
     log.warning(
         "%s %s holds %d pictures and no folders named N_name: each picture is used once per epoch, captions come from "
         "caption files only; for repeats and class tokens move the pictures into a folder such as %s",
@@ -89,14 +92,21 @@ def _flat(folder: str, option: str, listing: Listing, is_reg: bool) -> list[dict
     return [{"image_dir": folder, "num_repeats": 1, "is_reg": is_reg}]
 
 
+def _named_below(folder: str, names: list[str], levels: int = 2) -> str | None:
+    """The first folder up to two levels down that holds `N_name` folders, the nearer level first."""
+    below = [os.path.join(folder, name) for name in names]
+    found = next((path for path in below if _has_named_folders(path)), None)
+    if found is not None or levels == 1:
+        return found
+    deeper = (_named_below(path, _folders_in(path), levels - 1) for path in below)
+    return next((path for path in deeper if path is not None), None)
+
+
 def _advice(folder: str, option: str, listing: Listing) -> UserError:
     """What to do about a folder without pictures and without `N_name` folders."""
-    for name in listing.folders:
-        below = os.path.join(folder, name)
-        if _has_named_folders(below):
-            return UserError(
-                f"{option} {folder} has no folders named N_name", f"they are one level down: {option} {below}"
-            )
+    meant = _named_below(folder, listing.folders)
+    if meant is not None:
+        return UserError(f"{option} {folder} has no folders named N_name", f"they are further down: {option} {meant}")
     unnumbered = [name for name in listing.folders if picture_count(os.path.join(folder, name))]
     if unnumbered:
         old, new = os.path.join(folder, unnumbered[0]), os.path.join(folder, f"10_{unnumbered[0]}")
@@ -108,11 +118,14 @@ def _advice(folder: str, option: str, listing: Listing) -> UserError:
 
 
 def _has_named_folders(folder: str) -> bool:
+    return any(parsed and parsed[0] >= 1 for parsed in map(parse_name, _folders_in(folder)))
+
+
+def _folders_in(folder: str) -> list[str]:
     try:
-        names = list_folder(folder).folders
+        return list_folder(folder).folders
     except OSError:
-        return False
-    return any(parsed and parsed[0] >= 1 for parsed in map(parse_name, names))
+        return []
 
 
 def _joined(folder: str, names: list[str]) -> str:

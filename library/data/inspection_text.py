@@ -22,8 +22,9 @@ def lines_of(facts: dict[str, Any]) -> list[str]:
     lines += ["", "steps", *(f"  {line}" for line in facts["steps"]["equation"])]
     lines += ["", "captions", *(f"  {line}" for line in caption_lines(facts["captions"]))]
     lines += ["", "files", *(f"  {line}" for line in file_lines(facts["files"]))]
-    lines += ["", *(f"{problem['level']}: {problem['text']}" for problem in facts["problems"])]
-    lines += [f"note: {note}" for note in facts["notes"]]
+    remarks = [f"{problem['level']}: {problem['text']}" for problem in facts["problems"]]
+    remarks += [f"note: {note}" for note in facts["notes"]]
+    lines += ["", *remarks] if remarks else []
     return [*lines, "", f"manifest {facts['manifest_hash']}"]
 
 
@@ -104,7 +105,7 @@ def caption_lines(captions: dict[str, Any]) -> Iterator[str]:
     tags = captions["tags"]
     if tags:
         most = ", ".join(f"{tag} {count}" for tag, count in list(tags.items())[: 2 * SHOWN])
-        yield f"{len(tags):,} different parts; most frequent: {most}"
+        yield f"different parts: {len(tags):,}; most frequent: {most}"
     tokens = captions["tokens"]
     if tokens is not None:
         over = ", ".join(f"{tokens['over'][str(end)]:,} over {end}" for end in CHUNK_ENDS)

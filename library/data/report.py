@@ -53,9 +53,9 @@ def describe(datasets: Sequence[Any]) -> list[str]:
 def _settings_text(settings: DatasetSettings) -> str:
     parts = [
         settings.kind,
-        f"resolution {size_text(settings.resolution)}" if settings.resolution else "no resolution",
+        f"resolution {size_text(settings.resolution)}" if settings.resolution else "sizes from the metadata",
         f"batch size {settings.batch_size}",
-        _bucket_text(settings),
+        *([_bucket_text(settings)] if settings.resolution else []),
     ]
     for name in ("resize_interpolation", "validation_split", "validation_seed", "max_token_length"):
         value = getattr(settings, name)

@@ -184,11 +184,11 @@ def _require_kind(stored: StoredEmbedding, wanted: str) -> None:
     remedies = {
         PLAIN: "use an SDXL model, or an embedding made for SD 1.x or 2.x",
         SDXL: "use an SD 1.x or 2.x model, or an embedding made for SDXL",
-        XTI: "give it with --textual_inversion_embeddings (or train_textual_inversion.py)",
+        XTI: "give it with --textual_inversion_embeddings, or as --weights of train_textual_inversion.py",
     }
     remedy = remedies[wanted]
     if stored.kind == XTI:
-        remedy = "give it with --XTI_embeddings, or train_textual_inversion_XTI.py; only SD 1.x and 2.x know XTI"
+        remedy = "give it with --XTI_embeddings, or --weights of train_textual_inversion_XTI.py, for SD 1.x or 2.x"
     raise UserError(f"{stored.path} is {_TITLES[stored.kind]}, {_TITLES[wanted]} is needed", remedy)
 
 

@@ -128,6 +128,10 @@ class Family(ABC):
         """Write one file in Stability layout or a diffusers folder, atomically, disk room checked first."""
 
     @abstractmethod
+    def require_single_file(self, model: LoadedModel) -> None:
+        """Refuse a model that one file in Stability layout cannot describe; `save` would, after the training."""
+
+    @abstractmethod
     def encode_text(
         self,
         text_encoders: list[nn.Module],

@@ -13,7 +13,7 @@ from library.models.family import Family, LoadedModel, TextCondition
 from library.models.folders import resolve_folder
 from library.models.loading import compare_with_run, source_of, told_by_file, told_by_folder
 from library.models.sd_loading import PARTS, file_parts, filled_folder_parts
-from library.models.sd_saving import save_folder, save_stability
+from library.models.sd_saving import require_describable, save_folder, save_stability
 from library.models.text_encoders import adopt, encode_chunks, restore_buffers, skipped_parameters
 from library.models.tokenizers import CLIP_L, OPENCLIP_H, load_tokenizer
 from library.models.vae import load_vae
@@ -51,6 +51,7 @@ class StableDiffusion(Family):
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
     ) -> LoadedModel:
+        vae = vae or None  # front ends write an empty text
         path, is_file = Path(source), Path(source).is_file()
         weights = dtype or torch.float32
         if is_file:
@@ -105,6 +106,9 @@ class StableDiffusion(Family):
             )
         else:
             save_folder(model, target, safetensors=safetensors, dtype=dtype)
+
+    def require_single_file(self, model: LoadedModel) -> None:
+        require_describable(model)
 
     def encode_text(
         self,

@@ -75,7 +75,7 @@ def save_stability(
     Raises:
         UserError: the layout cannot describe this model, or the disk has no room.
     """
-    refuse_indescribable(_facts(model))
+    require_describable(model)
     items = {item.name: item for item in stability_tensors(model, dtype)}
     for item in _carried_over(model):
         items.setdefault(item.name, item)
@@ -87,6 +87,15 @@ def save_stability(
     return write_stability(
         model, target, items.values(), safetensors=safetensors, metadata=metadata, epoch=epoch, step=step
     )
+
+
+def require_describable(model: LoadedModel) -> None:
+    """Refuse a model that a Stability file cannot describe.
+
+    Raises:
+        UserError: it has numbers that the shapes in a file do not show.
+    """
+    refuse_indescribable(_facts(model))
 
 
 def stability_tensors(model: LoadedModel, dtype: torch.dtype | None) -> list[Pending]:

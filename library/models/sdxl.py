@@ -13,7 +13,7 @@ from library.models.family import Family, LoadedModel, TextCondition
 from library.models.folders import resolve_folder
 from library.models.loading import compare_with_run, source_of, told_by_file, told_by_folder
 from library.models.sdxl_loading import PARTS, checkpoint_info, file_parts, filled_folder_parts, logit_scale_of
-from library.models.sdxl_saving import save_folder, save_stability
+from library.models.sdxl_saving import require_describable, save_folder, save_stability
 from library.models.text_encoders import adopt, encode_with_pooled, restore_buffers, skipped_parameters
 from library.models.tokenizers import CLIP_L, OPENCLIP_BIGG, load_tokenizer
 from library.models.unet_sdxl import size_embeddings
@@ -55,6 +55,7 @@ class StableDiffusionXL(Family):
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
     ) -> LoadedModel:
+        vae = vae or None  # front ends write an empty text
         path, is_file = Path(source), Path(source).is_file()
         weights = dtype or torch.float32
         if is_file:
@@ -111,6 +112,9 @@ class StableDiffusionXL(Family):
             )
         else:
             save_folder(model, target, latent_scale=self.latent_scale, safetensors=safetensors, dtype=dtype)
+
+    def require_single_file(self, model: LoadedModel) -> None:
+        require_describable(model)
 
     def encode_text(
         self,

@@ -149,7 +149,8 @@ def folder_part(name: str, checkpoint: Checkpoint, config: dict[str, Any], dtype
 
 def _refuse_other_kind(path: Path, kind: Kind) -> None:
     if kind != "sdxl":
-        raise UserError(f"{path} is a model of {KIND_NAMES[kind]}", "use the script of the same name without sdxl_")
+        remedy = "use a script without sdxl_ in its name, such as train_network.py, fine_tune.py, gen_img_diffusers.py"
+        raise UserError(f"{path} is a model of {KIND_NAMES[kind]}", remedy)
 
 
 def logit_scale_of(checkpoint: Checkpoint) -> torch.Tensor | None:

@@ -73,9 +73,18 @@ def save_stability(
     """
     if model.vae is None:
         raise UserError("the VAE is missing", "give the VAE")
-    refuse_indescribable(_facts(model))
+    require_describable(model)
     items = [*stability_tensors(model, dtype), *marker_tensors(model)]
     return write_stability(model, target, items, safetensors=safetensors, metadata=metadata, epoch=epoch, step=step)
+
+
+def require_describable(model: LoadedModel) -> None:
+    """Refuse a model that a Stability file cannot describe.
+
+    Raises:
+        UserError: it has numbers that the shapes in a file do not show.
+    """
+    refuse_indescribable(_facts(model))
 
 
 def stability_tensors(model: LoadedModel, dtype: torch.dtype | None) -> list[Pending]:

@@ -154,15 +154,23 @@ def write_config(namespace: argparse.Namespace, options: Sequence[Option], path:
 def unknown_message(keys: Iterable[str], known: Iterable[str]) -> str:
     """One line about all keys that a script does not know, with nearest names."""
     keys, known = list(keys), list(known)
+    elsewhere = FOREIGN_KEYS | _keys_of_trainings()
     parts = []
     for key in keys:
-        if key not in FOREIGN_KEYS:
+        if key not in elsewhere:
             near = nearest(key, known, count=1)
             parts.append(f"{key} (did you mean {near[0]}?)" if near else key)
-    foreign = [key for key in keys if key in FOREIGN_KEYS]
+    foreign = [key for key in keys if key in elsewhere]
     if foreign:
         parts.append(f"{', '.join(foreign)} (of other model families, scripts or front ends)")
     return f"ignored, not options of this script: {', '.join(parts)}"
+
+
+def _keys_of_trainings() -> set[str]:
+    from library.options.scripts import SCRIPTS  # which imports this module
+
+    trainings = [script for script in SCRIPTS.values() if "optimizer" in script.concerns]
+    return {entry.dest for script in trainings for entry in script.options()}
 
 
 def convert(option: Option, value: Any, source: Path) -> Any:

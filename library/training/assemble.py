@@ -23,12 +23,13 @@ from library.training import data_setup, model_setup
 from library.training.draws import Draws
 from library.training.hub import download_state
 from library.training.latents import move_vae
+from library.training.optimizers import require_optimizer
 from library.training.parallel import make_parallel
 from library.training.recipes.recipe import Recipe, Setup
 from library.training.report import show_settings
 from library.training.run_facts import run_facts
 from library.training.run_parts import make_feed, make_run, make_updates
-from library.training.state import load_state
+from library.training.state import load_state, require_state_folder
 from library.training.text_outputs import TextCacher
 from library.training.trackers import choose_trackers, start_trackers
 from library.training.write_back import effective_options, write_back_data_options, write_back_length
@@ -57,7 +58,7 @@ def build_run(recipe: Recipe, args: argparse.Namespace, draws: Draws | None = No
     if group is None:
         return None
     options = resolve(args, recipe.script)
-    check_prompts(options)
+    check_early(options)
     recipe.check(options)
     setup = start(recipe, args, options, tokenizers, group, draws)
     prepare_model(recipe, setup)
@@ -133,8 +134,11 @@ def prepare_data(recipe: Recipe, args: Any) -> tuple[list[Any], Any]:
     return tokenizers, group
 
 
-def check_prompts(options: Resolved) -> None:
-    """The prompt file of the sample pictures, read once before anything heavy is done."""
+def check_early(options: Resolved) -> None:
+    """Optimizer, state folder and prompt file, looked at before anything heavy is done."""
+    require_optimizer(options.optimizer)
+    if options.loop.resume and not options.hub.resume_from_huggingface:
+        require_state_folder(Path(options.loop.resume))
     prompts = options.samples.sample_prompts
     if prompts and Path(prompts).is_file():
         read_prompts(Path(prompts))

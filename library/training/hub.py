@@ -28,7 +28,7 @@ class Uploads:
     @property
     def wanted(self) -> bool:
         """Whether models are sent."""
-        return self.config.huggingface_repo_id is not None
+        return bool(self.config.huggingface_repo_id)  # front ends write an empty text
 
     @property
     def states_wanted(self) -> bool:

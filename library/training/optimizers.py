@@ -159,6 +159,16 @@ def make_optimizer(
     )
 
 
+def require_optimizer(config: OptimizerConfig) -> None:
+    """Refuse an optimizer that cannot be made, before minutes are spent on caches.
+
+    Raises:
+        UserError: unknown optimizer, missing or old package.
+    """
+    name = optimizer_name(config)
+    _load(name, find_optimizer(name))
+
+
 def set_training(optimizer: torch.optim.Optimizer, training: bool) -> None:
     """Switch a schedule-free optimizer's weights between training and evaluation; nothing for the others.
 

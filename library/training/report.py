@@ -88,9 +88,11 @@ def _is_zero(rate: object) -> bool:
 
 def length(run: Run) -> list[str]:
     """Steps, epochs and pictures a step, as an equation with its numbers."""
-    feed = run.feed
+    feed, processes = run.feed, run.feed.processes.count
+    epochs = "1 epoch" if run.epochs == 1 else f"{run.epochs} epochs"
+    launched = "one process" if processes == 1 else f"{processes} processes"
     return [
-        f"{run.max_steps} steps in {run.epochs} epochs; an epoch: {feed.batches_per_epoch} batches"
-        f" / {feed.accumulation} accumulated = {feed.updates_per_epoch} steps on {feed.processes.count} process(es)",
+        f"{run.max_steps} steps in {epochs}; an epoch: {feed.batches_per_epoch} batches"
+        f" / {feed.accumulation} accumulated = {feed.updates_per_epoch} steps on {launched}",
         f"{run.log.pictures_per_update} pictures a step, seed {run.seed}, {run.processes.device}",
     ]

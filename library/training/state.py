@@ -73,14 +73,23 @@ def plain_schedule_state(schedule: Any) -> dict[str, Any]:
     return {k: v for k, v in schedule.state_dict().items() if k != "lr_lambdas" and not callable(v)}
 
 
+def require_state_folder(folder: Path) -> None:
+    """Refuse a `--resume` that is not there.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--resume {folder}: there is no such folder", "give the path of a ...-state folder")
+
+
 def load_state(run: Run, folder: Path) -> None:
     """Restore a run from a state folder: weights, optimizer, schedule, scaler, position.
 
     Raises:
         UserError: not a state folder, or of a run that this one cannot continue.
     """
-    if not folder.is_dir():
-        raise UserError(f"--resume {folder}: there is no such folder", "give the path of a ...-state folder")
+    require_state_folder(folder)
     if not (folder / RUN_FILE).exists():
         load_accelerate_state(run, folder)
         return

@@ -48,6 +48,15 @@ def test_pictures_without_named_folders_are_one_subset(tmp_path: Path, caplog: p
     assert "used once per epoch" in caplog.text
 
 
+def test_named_folders_one_level_down_are_told_beside_loose_pictures(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pictures(tmp_path / "flat" / "sheet.png", tmp_path / "flat" / "img" / "3_dog" / "a.png")
+    with caplog.at_level(logging.WARNING, "toolkit"):
+        required_tables(str(tmp_path / "flat"), "--train_data_dir")
+    assert f"is --train_data_dir {tmp_path / 'flat' / 'img'} meant?" in caplog.text
+
+
 def test_loose_pictures_beside_named_folders_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pictures(tmp_path / "a.png", tmp_path / "1_x" / "b.png")
     with caplog.at_level(logging.WARNING, "toolkit"):
@@ -62,6 +71,7 @@ def test_advice_names_the_path_that_works(tmp_path: Path) -> None:
     advice = {
         "up": f"--train_data_dir {tmp_path / 'up' / 'img'}",
         "up/img/10_dog": f"--train_data_dir {tmp_path / 'up' / 'img'}",
+        "": f"--train_data_dir {tmp_path / 'up' / 'img'}",
         "plain": f"to {tmp_path / 'plain' / '10_dog'}",
         "empty": "holds no pictures",
         "file": "is a file",

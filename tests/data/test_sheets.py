@@ -22,7 +22,7 @@ def test_a_sheet_for_each_bucket_is_written(shapes, make_group, tmp_path, caplog
     assert len(sizes) > 1
     expected = {f"bucket_{w}x{h}.png" for w, h in sizes} | {"mine.png"}
     assert {path.name for path in folder.iterdir()} == expected
-    assert f"{len(sizes)} contact sheets are in {folder}" in caplog.text
+    assert f"contact sheets: {len(sizes)} in {folder}" in caplog.text
     with Image.open(folder / sorted(expected)[0]) as sheet:
         assert sheet.width > CELL and len(sheet.getcolors(1 << 24)) > 50
 

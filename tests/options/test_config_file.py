@@ -11,6 +11,7 @@ import toml
 
 from library import messages
 from library.messages import UserError
+from library.options.config_file import unknown_message
 from library.options.parser import defaults, parse
 from library.options.scripts import find_script
 
@@ -129,6 +130,14 @@ def test_strict_stops_at_unknown_keys(key: str) -> None:
 
 
 GUI = json.loads((Path(__file__).parent.parent / "spec" / "gui_keys.json").read_text(encoding="utf-8"))["scripts"]
+
+
+def test_options_of_other_trainings_get_no_nearest_name() -> None:
+    said = unknown_message(["network_dim", "learning_rat"], ["network_train", "learning_rate"])
+    assert said == (
+        "ignored, not options of this script: learning_rat (did you mean learning_rate?), network_dim (of other model "
+        "families, scripts or front ends)"
+    )
 
 
 @pytest.mark.parametrize("script", GUI)

@@ -45,7 +45,9 @@ class ModelRecipe(Recipe):
         self.kept = KeptWeights()
 
     def after_opening(self, setup: Setup) -> None:
-        """What halving will take from the parts that do not learn is kept for the files."""
+        """The files can be written; what halving will take from the parts that do not learn is kept for them."""
+        if self.written_as(setup).stability_layout:
+            self.family.require_single_file(setup.model)
         if setup.dtype == torch.float32:
             return
         rates, model = self.rates(setup.options), setup.model
